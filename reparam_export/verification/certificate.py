@@ -1,0 +1,122 @@
+"""What a proof consists of: verdicts, and the numbers behind them. Everything here is written to ``verification.json``.
+
+``exact``    every stored entry is the exact value rounded once to the storage format
+``rounded``  every stored entry is within the rounding bound of the exact value
+``wrong``    some entry is not; the evidence names it
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Verdict = Literal["exact", "rounded", "wrong"]
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """The weight proof of one touched module. Errors are absolute, in the units of the weights.
+
+    ``bound_ratio`` is the worst error divided by the bound of that entry (of that row's output, when probed): <= 1 passes.
+    """
+
+    module: str
+    kind: str
+    tensors: tuple[str, ...]
+    shape: tuple[int, int]  # (out, in) of the matrix
+    dtype: str
+    method: Literal["exhaustive", "probes"]
+    entries: int
+    exact_entries: int  # bit for bit the rounded exact value (exhaustive only)
+    max_error: float
+    bound_ratio: float
+    survival: float  # share of the adapter's change that the storage dtype keeps, 1.0 = all of it
+    verdict: Verdict
+    probes: int = 0
+    detectable: float = 0.0  # a row whose relative error is above this is missed with chance <= 1e-6
+    worst: dict[str, Any] | None = None  # tensor, index, expected, found of the worst entry
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict != "wrong"
+
+
+@dataclass(frozen=True)
+class CarriedEvidence:
+    """Tensors that no adapter touches: each must equal the base's (or the checkpoint's, where it replaces one), rounded once."""
+
+    compared: int
+    equal: int
+    replaced: tuple[str, ...]  # taken from the checkpoint, such as a classifier head
+    different: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.different
+
+
+@dataclass(frozen=True)
+class OutputEvidence:
+    """One output of one model at one batch size against the unfused adapted model in float64. Errors are max |a - b|."""
+
+    model: str  # "fused", "onnx fp32", ...
+    output: str
+    batch: int
+    samples: int
+    dtype: str
+    magnitude: float  # max |reference|
+    error: float
+    floor: float  # error of the unfused model in the same precision on the same road
+    bound: float
+    agree: float | None = None  # share of samples with the same argmax, for outputs with a class axis
+    passed: bool = False
+
+
+@dataclass(frozen=True)
+class GraphEvidence:
+    """The fused graph against the base's: operators, attributes, edges and shapes."""
+
+    nodes_base: int
+    nodes_fused: int
+    operators: dict[str, int]
+    differences: tuple[str, ...]  # first differences found, empty when identical
+    added: tuple[str, ...]  # what folding had to add, such as a bias on a bias-free layer
+    parameters_base: int
+    parameters_fused: int
+    bytes_base: int
+    bytes_fused: int
+    macs_base: int | None = None  # multiply-adds at batch 1
+    macs_fused: int | None = None
+
+    @property
+    def passed(self) -> bool:
+        return not self.differences
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """All of the evidence, tied to the weights by their sha256."""
+
+    weights_sha256: str
+    checkpoint: dict[str, Any]
+    base: dict[str, Any]
+    storage: dict[str, int]  # dtype -> number of tensors
+    layers: tuple[LayerEvidence, ...]
+    carried: CarriedEvidence
+    outputs: tuple[OutputEvidence, ...]
+    graph: GraphEvidence
+    survival: float
+    seed: int
+    samples: dict[str, Any]  # {"source": "random" | file, "count": n}
+    versions: dict[str, str]
+
+    @property
+    def verdict(self) -> Verdict:
+        parts = (*self.layers, self.carried, *self.outputs, self.graph)
+        if not all(part.passed for part in parts):
+            return "wrong"
+        return "exact" if all(layer.verdict == "exact" for layer in self.layers) else "rounded"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types; what ``verification.json`` holds."""
+        return {"verdict": self.verdict, **asdict(self)}
