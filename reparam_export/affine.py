@@ -78,12 +78,16 @@ class Bottleneck:
         return self.down.out_features
 
 
-def map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
-    """A copy of a (nested) frozen dataclass with ``change`` applied to every tensor in it."""
+def map_tensors(value: T, change: Callable[[Tensor], Tensor], number: Callable[[float], float] | None = None) -> T:
+    """A copy of a (nested) frozen dataclass with ``change`` applied to every tensor in it, ``number`` to every float."""
     if is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: map_tensors(getattr(value, f.name), change) for f in fields(value)}
+        changed = {f.name: map_tensors(getattr(value, f.name), change, number) for f in fields(value) if f.init}
         return replace(value, **changed)
-    return change(value) if hasattr(value, "dtype") and hasattr(value, "shape") else value  # type: ignore[return-value]
+    if _is_tensor(value):
+        return change(value)  # type: ignore[return-value]
+    if number is not None and isinstance(value, float | int) and not isinstance(value, bool):
+        return number(value)  # type: ignore[return-value]
+    return value
 
 
 def tensors_of(value: Any, prefix: str = "") -> dict[str, Tensor]:
@@ -93,7 +97,11 @@ def tensors_of(value: Any, prefix: str = "") -> dict[str, Tensor]:
         for field in fields(value):
             found |= tensors_of(getattr(value, field.name), f"{prefix}{field.name}.")
         return found
-    return {prefix[:-1]: value} if hasattr(value, "dtype") and hasattr(value, "shape") else {}
+    return {prefix[:-1]: value} if _is_tensor(value) else {}
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "dtype") and hasattr(value, "shape")
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -1,19 +1,32 @@
 """Plain models and their unfused reference.
 
-    Signature   names, shapes and dtypes of a model's inputs and outputs
-    Base        a base spec that builds the same plain ``nn.Module`` again and again
-    adapted()   the unfused model: every touched module runs its kind's ``apply``
-    fused()     the plain model with the fused tensors in it
+Signature   names, shapes and dtypes of a model's inputs and outputs
+Base        a base spec that builds the same plain ``nn.Module`` again and again
+adapted()   the unfused model: every touched module runs its kind's ``apply``
+fused()     the plain model with the fused tensors in it
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import ast
+import copy
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reparam_export import plugins
+from reparam_export.errors import CheckpointError, UsageError
+from reparam_export.state import check_replaced, load_state
+
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from torch import Tensor, nn
+
+USUAL_SIZE = 16  # of a dynamic axis, when the model or the user names no other
 
 
 @dataclass(frozen=True)
@@ -29,9 +42,58 @@ class Input:
 
 @dataclass(frozen=True)
 class Signature:
+    """A model's inputs, the names of its outputs, and how it is called.
+
+    Two ``settings`` are ours: ``method`` (another method than forward) and ``by_name`` (inputs as keyword arguments).
+    """
+
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
     settings: Mapping[str, Any] | None = None  # keyword arguments the forward always gets, such as use_cache=False
+
+
+@dataclass(frozen=True)
+class Base:
+    """The plain, un-adapted model that a checkpoint belongs to, as ``SCHEME:ARGUMENT`` (see ``reparam_export/bases``).
+
+    ``replaced`` holds names and shapes of base tensors that the checkpoint brings itself (a new head): they may be
+    missing or have another shape in the base weights. ``ignored`` holds names in the base's own weight file that
+    belong to the adapter. ``inputs`` overrides what the model says about its inputs. ``weights`` go before ``state``.
+    """
+
+    spec: str
+    weights: Path | None = None
+    state: Mapping[str, Tensor] | None = None  # the base's tensors, where the checkpoint carries them
+    replaced: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+    inputs: tuple[Input, ...] = ()
+
+    def tensors(self) -> dict[str, Tensor] | None:
+        """The base's state dict out of ``weights`` or ``state``, without the ignored names; None without either."""
+        state = load_state(self.weights) if self.weights is not None else self.state
+        return None if state is None else {k: v for k, v in state.items() if k not in self.ignored}
+
+    def build(self) -> tuple[nn.Module, Signature]:
+        """The module (eval mode, no gradients, the same bytes every time) and its signature.
+
+        A tensor of ``replaced`` that the base weights do not have in that shape is zero until it is replaced.
+        Raises UsageError for an unknown scheme, what the scheme raises, and TensorMismatchError when a tensor of
+        ``replaced`` is not in the module or has another shape there.
+        """
+        import torch
+
+        scheme, _, argument = self.spec.partition(":")
+        if scheme not in plugins.names("bases") or not argument:
+            raise UsageError(
+                f"base {self.spec!r}: expected SCHEME:ARGUMENT with one of the schemes "
+                f"{', '.join(plugins.names('bases'))}; found {scheme!r}"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module, signature = plugins.load("bases", scheme).build(argument, self)
+        module.eval().requires_grad_(False)
+        check_replaced(module, self.replaced)
+        return module, signature
 
 
 def plain(model: nn.Module, signature: Signature) -> nn.Module:
@@ -51,15 +113,210 @@ def plain(model: nn.Module, signature: Signature) -> nn.Module:
 
 def outputs_of_call(model: nn.Module, signature: Signature, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Call the model and return its outputs as a flat tuple, in the order of ``signature.outputs``."""
+    return tuple(named_outputs(model, signature, tensors).values())
+
+
+def named_outputs(model: nn.Module, signature: Signature, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Call the model and return its tensor outputs by name, nested values left out.
+
+    A model that returns a bare tensor has ``output``, one that returns a tuple or list ``output_0``, ``output_1``, ...
+    """
     import torch
 
     settings = dict(signature.settings or {})
-    method = getattr(model, settings.pop("method", "forward") if "method" in settings else "__call__")
+    method = getattr(model, settings.pop("method", "__call__"))
     if settings.pop("by_name", False):
         result = method(**{i.name: t for i, t in zip(signature.inputs, tensors, strict=True)}, **settings)
     else:
         result = method(*tensors, **settings)
     if isinstance(result, torch.Tensor):
-        return (result,)
-    values = result.values() if isinstance(result, Mapping) else result
-    return tuple(v for v in values if isinstance(v, torch.Tensor))
+        return {"output": result}
+    pairs = result.items() if isinstance(result, Mapping) else ((f"output_{i}", v) for i, v in enumerate(result))
+    return {name: value for name, value in pairs if isinstance(value, torch.Tensor)}
+
+
+def split_argument(argument: str) -> tuple[str, dict[str, Any]]:
+    """``NAME?key=value&...`` as the name and its keywords; a value is a Python or JSON literal, else a string.
+
+    Raises UsageError for a keyword without ``=`` or one that is given twice.
+    """
+    name, _, tail = argument.partition("?")
+    words = {"true": True, "false": False, "none": None, "null": None}
+    keywords: dict[str, Any] = {}
+    for item in filter(None, tail.split("&")):
+        key, equals, text = item.partition("=")
+        if not (key.isidentifier() and equals) or key in keywords:
+            raise UsageError(f"base {argument!r}: expected key=value, each key once; found {item!r}")
+        try:
+            keywords[key] = words[text.lower()] if text.lower() in words else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            keywords[key] = text
+    return name, keywords
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's first floating point parameter, which its floating point inputs must have."""
+    import torch
+
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def with_observed_outputs(model: nn.Module, signature: Signature, what: str) -> Signature:
+    """The signature with the output names of one real call on one sample. Raises CheckpointError if the call fails."""
+    import torch
+
+    if len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1:
+        model = copy.deepcopy(model).to(torch.float32)  # many models cannot be called in several dtypes at once
+    dtype = float_dtype(model)
+    tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in samples(signature, 1, seed=0).values())
+    try:
+        with torch.inference_mode():
+            outputs = tuple(named_outputs(model, signature, tensors))
+    except Exception as error:
+        raise CheckpointError(
+            f"base {what!r}: the model cannot be called with "
+            f"{', '.join(f'{i.name} {i.shape} {i.dtype}' for i in signature.inputs)}: {first_line(error)}; "
+            "state its inputs with --input NAME=batch,...:DTYPE"
+        ) from error
+    return replace(signature, outputs=outputs)
+
+
+def first_line(error: BaseException) -> str:
+    """The type and the first line of an error of a third party, for our own message."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def parse_input(text: str) -> Input:
+    """``NAME=batch,AXIS,...:DTYPE[:HIGH]``: ``image=batch,3,64,64:float32`` or ``ids=batch,sequence:int64:120``.
+
+    An axis is a size or the name of a dynamic axis; integers are drawn from [0, HIGH), 2 when it is not given.
+    Raises UsageError.
+    """
+    name, _, rest = text.partition("=")
+    axes, *types = rest.split(":")
+    shape = tuple(int(a) if a.isdecimal() else a for a in axes.split(","))
+    dtype = types[0] if types else "float32"
+    bound = types[1] if len(types) > 1 else ("2" if dtype == "int64" else None)
+    fine = (
+        name.isidentifier()
+        and shape[0] == "batch"
+        and all(a > 0 if isinstance(a, int) else a.isidentifier() for a in shape)
+        and dtype in ("float32", "int64")
+        and len(types) <= (2 if dtype == "int64" else 1)
+        and (bound is None or (bound.isdecimal() and int(bound) > 0))
+    )
+    if not fine:
+        raise UsageError(
+            f"input {text!r}: expected NAME=batch,SIZE,...:float32 or NAME=batch,SIZE,...:int64:HIGH, the first axis "
+            "called batch, such as image=batch,3,224,224:float32"
+        )
+    default = {a: USUAL_SIZE for a in shape[1:] if isinstance(a, str)}
+    return Input(name, shape, dtype, None if bound is None else int(bound), default or None)
+
+
+def samples(signature: Signature, count: int, seed: int) -> dict[str, Tensor]:
+    """Random inputs by name, the same for the same seed: normal floats, integers uniform in [0, high).
+
+    ``attention_mask`` is ones, with a padded tail for every second sample; dynamic axes have their usual size.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    result: dict[str, Tensor] = {}
+    for i in signature.inputs:
+        sizes = [a if isinstance(a, int) else (i.default or {}).get(a, USUAL_SIZE) for a in i.shape[1:]]
+        shape = (count, *sizes)
+        if i.name == "attention_mask":
+            result[i.name] = torch.ones(shape, dtype=torch.int64)
+            result[i.name][1::2, sizes[-1] - sizes[-1] // 3 :] = 0
+        elif i.dtype == "int64":
+            result[i.name] = torch.randint(i.high or 2, shape, generator=generator)
+        else:
+            result[i.name] = torch.randn(shape, generator=generator, dtype=torch.float32)
+    return result
+
+
+def read_inputs(path: Path, signature: Signature) -> dict[str, Tensor]:
+    """Real inputs by name, from ``.npz`` (by input name) or ``.npy`` (the one input; ids get a mask of ones).
+
+    Raises UsageError when a name, shape, dtype or range is not that of the signature, and for empty or non-finite data.
+    """
+    import numpy as np
+    import torch
+
+    expected = {i.name: i for i in signature.inputs}
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        arrays = {k: loaded[k] for k in loaded.files} if hasattr(loaded, "files") else {next(iter(expected)): loaded}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"inputs {path}: expected a .npy or .npz file of arrays; found {first_line(error)}") from error
+    if set(expected) - set(arrays) == {"attention_mask"} and "input_ids" in arrays:
+        arrays["attention_mask"] = np.ones(arrays["input_ids"].shape, np.int64)
+    if set(arrays) != set(expected):
+        raise UsageError(
+            f"inputs {path}: expected the arrays {', '.join(expected)}; found {', '.join(arrays)}; "
+            "save them under these names with numpy.savez"
+        )
+    axes: dict[str, int] = {}
+    for name, i in expected.items():
+        _check_array(path, i, arrays[name], axes)
+    return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in expected}
+
+
+def _check_array(path: Path, i: Input, array: np.ndarray[Any, Any], axes: dict[str, int]) -> None:
+    """Raise UsageError unless the array is one the input takes; dynamic axes must agree between inputs."""
+    import numpy as np
+
+    def refuse(expected: object, found: object) -> UsageError:
+        return UsageError(f"inputs {path}: {i.name}: expected {expected}; found {found}")
+
+    if str(array.dtype) != i.dtype:
+        raise refuse(f"dtype {i.dtype}", f"{array.dtype}; convert it with .astype('{i.dtype}')")
+    if array.ndim != len(i.shape) or array.size == 0:
+        raise refuse(f"shape {i.shape}, not empty", f"shape {array.shape}")
+    for axis, size in zip(i.shape, array.shape, strict=True):
+        if size != (axis if isinstance(axis, int) else axes.setdefault(axis, size)):
+            raise refuse(f"shape {tuple(axes.get(str(a), a) for a in i.shape)}", f"shape {array.shape}")
+    if i.dtype == "float32" and not np.isfinite(array).all():
+        raise refuse("finite numbers", f"{int((~np.isfinite(array)).sum())} that are not")
+    if i.high is not None and (array.min() < 0 or array.max() >= i.high):
+        raise refuse(f"integers in [0, {i.high})", f"[{array.min()}, {array.max()}]")
+
+
+@contextmanager
+def pure_float64() -> Iterator[None]:
+    """Inside, ``.float()``, ``.to(torch.float32)`` and ``dtype=torch.float32`` leave a float64 tensor float64.
+
+    transformers and open_clip cast to float32 inside RMSNorm, rotary embedding, softmax and LayerNorm, which would
+    leave float32 rounding in a float64 reference. Other casts are left alone, and so are numbers that were computed
+    in float32 when the model was built, such as the ``inv_freq`` of a rotary embedding: they are its constants.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    def wide(value: object) -> bool:
+        return isinstance(value, torch.Tensor) and value.dtype == torch.float64
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+            return value.to(torch.float64)
+        return torch.float64 if value is torch.float32 else value
+
+    class KeepFloat64(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        ) -> Any:
+            kwargs = dict(kwargs or {})
+            if args and wide(args[0]):
+                if func is torch.Tensor.float:
+                    return args[0]
+                if func in (torch.Tensor.to, torch.Tensor.type_as):
+                    args = (args[0], *map(kept, args[1:]))
+                    kwargs = {k: kept(v) for k, v in kwargs.items()}
+                else:
+                    args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+                    kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+            return func(*args, **kwargs)
+
+    with KeepFloat64():
+        yield

@@ -6,17 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reparam_export.verification.certificate import OutputEvidence
-
-
-@dataclass(frozen=True)
-class EngineAudit:
-    """What stands inside a TensorRT plan, found without running it."""
-
-    fused_tensors: int  # tensors that folding changed
-    bitwise: tuple[str, ...]  # found bit for bit, contiguous, in the plan (as stored or transposed)
-    relaid: tuple[str, ...]  # not found as such: the builder re-laid them out
-    adapter_tensors_found: tuple[str, ...]  # must be empty
-    precisions: dict[str, int]  # dtype -> number of layer outputs in the network the builder took
+from reparam_export.verification.engine import EngineAudit as EngineAudit
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
+
+from reparam_export.errors import CheckpointError
 
 Verdict = Literal["exact", "rounded", "wrong"]
 
@@ -120,3 +122,23 @@ class Certificate:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; what ``verification.json`` holds."""
         return {"verdict": self.verdict, **asdict(self)}
+
+
+def from_json(content: dict[str, Any]) -> Certificate:
+    """The certificate in ``verification.json``. Raises CheckpointError when it is damaged."""
+    try:
+        given = {f.name: content[f.name] for f in fields(Certificate)}
+        given["layers"] = tuple(_build(LayerEvidence, entry) for entry in content["layers"])
+        given["outputs"] = tuple(_build(OutputEvidence, entry) for entry in content["outputs"])
+        given["carried"] = _build(CarriedEvidence, content["carried"])
+        given["graph"] = _build(GraphEvidence, content["graph"])
+        return Certificate(**given)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"verification.json: damaged ({error!r}); run verify again") from error
+
+
+def _build(target: Any, entry: dict[str, Any]) -> Any:
+    """A dataclass from its JSON: lists become tuples, and numbers that JSON cannot hold come back from strings."""
+    numbers = {"inf", "-inf", "nan"}
+    values = {k: float(v) if isinstance(v, str) and v in numbers else v for k, v in entry.items()}
+    return target(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

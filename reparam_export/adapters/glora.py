@@ -1,0 +1,143 @@
+"""GLoRA: y = (W + W*A + B) x + b + b*D + E + W C, so W' = W + W*A + B and b' = b + b*D + E + W C.
+
+``*`` is elementwise, W and b are the original ones everywhere; without b, b' = E + W C. Each of A to E is one of
+LoRA_k, vector, constant or none, chosen per layer. Chavan et al., "One-for-All: Generalized LoRA for Parameter-Efficient
+Fine-tuning", 2023, equation 10 and section 3.2. (Not the same as today's peft GLORA, nor LyCORIS's.)
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from reparam_export.adapters._bottleneck import Draw
+from reparam_export.affine import Affine, Tensor
+
+CHOICES: dict[str, tuple[str, ...]] = {  # LoRA stands for LoRA_k with any k up to the stored rank
+    "A": ("LoRA", "vector", "constant", "none"),
+    "B": ("LoRA", "vector", "constant", "none"),
+    "C": ("LoRA", "vector", "none"),
+    "D": ("constant", "none", "vector"),
+    "E": ("constant", "none", "vector"),
+}
+
+
+@dataclass(frozen=True)
+class Path:
+    """The choice for each support, e.g. ``A="LoRA_4", B="vector", C="none", D="constant", E="vector"``."""
+
+    A: str
+    B: str
+    C: str
+    D: str
+    E: str
+
+    def problems(self, rank: int) -> list[str]:
+        """What is wrong with this choice for tensors of that stored rank; empty when nothing is."""
+        found = []
+        for support, choice in asdict(self).items():
+            k = lora_rank(choice)
+            if ("LoRA" if k is not None else choice) not in CHOICES[support]:
+                found.append(f"{support}={choice!r} is not one of {', '.join(CHOICES[support])} (LoRA as LoRA_k)")
+            elif k is not None and not 1 <= k <= rank:
+                found.append(f"{support}={choice!r} but the stored rank is {rank}")
+        return found
+
+
+@dataclass(frozen=True)
+class Params:
+    path: Path
+    Ad: Tensor  # (out, r)
+    Au: Tensor  # (r, in)
+    Bd: Tensor  # (out, r)
+    Bu: Tensor  # (r, in)
+    Cd: Tensor  # (in, r)
+    Cu: Tensor  # (r, 1)
+    D: Tensor  # (out,)
+    E: Tensor  # (out,)
+
+
+def lora_rank(choice: str) -> int | None:
+    """k of ``LoRA_k``, None for any other choice."""
+    match = re.fullmatch(r"LoRA_(\d+)", choice)
+    return int(match[1]) if match else None
+
+
+def support(choice: str, d: Tensor, u: Tensor) -> Tensor:
+    """A, B or C as a tensor that broadcasts to its full shape; a number 0.0 for none."""
+    k = lora_rank(choice)
+    if k is not None:
+        return d[:, :k] @ u[:k, :]
+    return {"vector": d[:, :1], "constant": d[0, 0], "none": 0.0}[choice]
+
+
+def bias_support(choice: str, v: Tensor) -> Tensor:
+    """D or E: the vector, its first entry, or 0.0."""
+    return {"vector": v, "constant": v[0], "none": 0.0}[choice]
+
+
+def apply(x: Tensor, base: Affine, p: Params) -> Tensor:
+    W, b, path = base.weight, base.bias, p.path  # noqa: N806
+    A, B = support(path.A, p.Ad, p.Au), support(path.B, p.Bd, p.Bu)  # noqa: N806
+    y = base(x) + Affine(W * A)(x) + Affine(0 * W + B)(x)
+    if b is not None:
+        y = y + b * bias_support(path.D, p.D)
+    if path.E != "none":
+        y = y + bias_support(path.E, p.E)
+    if path.C != "none":
+        y = y + base.linear()(_column(W, support(path.C, p.Cd, p.Cu)))
+    return y
+
+
+def fuse(base: Affine, p: Params) -> Affine:
+    W, b, path = base.weight, base.bias, p.path  # noqa: N806
+    weight = W + W * support(path.A, p.Ad, p.Au) + support(path.B, p.Bd, p.Bu)
+    bias = None if b is None else b + b * bias_support(path.D, p.D)
+    created = bias is None and (path.E != "none" or path.C != "none")
+    if created:
+        bias = 0 * W[:, 0]
+    if bias is not None and path.E != "none":
+        bias = bias + bias_support(path.E, p.E)
+    if bias is not None and path.C != "none":
+        bias = bias + W @ _column(W, support(path.C, p.Cd, p.Cu))
+    return Affine(weight, bias)
+
+
+def shapes(out_features: int, in_features: int, p: Params) -> dict[str, tuple[int, ...]]:
+    rank = int(p.Ad.shape[1])
+    return {
+        "Ad": (out_features, rank),
+        "Au": (rank, in_features),
+        "Bd": (out_features, rank),
+        "Bu": (rank, in_features),
+        "Cd": (in_features, rank),
+        "Cu": (rank, 1),
+        "D": (out_features,),
+        "E": (out_features,),
+    }
+
+
+def example(seed: int, base: Affine) -> Params:
+    draw = Draw(seed)
+    rank = draw.integer(1, 6)
+    out, inn = base.out_features, base.in_features
+
+    def pick(name: str) -> str:
+        choice = draw.choice(CHOICES[name])
+        return f"LoRA_{draw.integer(1, rank + 1)}" if choice == "LoRA" else choice
+
+    tensors = (
+        draw.tensor(*shape)
+        for shape in ((out, rank), (rank, inn), (out, rank), (rank, inn), (inn, rank), (rank, 1), (out,), (out,))
+    )
+    return Params(Path(*(pick(name) for name in "ABCDE")), *tensors)
+
+
+def describe(p: Params) -> dict[str, Any]:
+    return {"rank": int(p.Ad.shape[1]), "path": asdict(p.path)}
+
+
+def _column(like: Tensor, c: Tensor) -> Tensor:
+    """C (in, 1) as a vector (in,) that W multiplies."""
+    return c.reshape(like.shape[1])

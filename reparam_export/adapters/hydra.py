@@ -1,0 +1,74 @@
+"""Hydra: y = h + s P(x) + t S(h), h = W x + b, so W' = W + s P + t S W and b' = b + s p + t (S b + q).
+
+P (parallel, with bias p) and S (sequential, with bias q) are low-rank pairs, each optional; s and t are their scales, one and the
+same in the authors' vtab1k code. Kim et al., "Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning",
+2023, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from reparam_export.adapters._bottleneck import Draw, bottleneck_shapes
+from reparam_export.affine import Affine, Bottleneck, Tensor
+
+
+@dataclass(frozen=True)
+class Params:
+    parallel: Bottleneck | None  # in -> r -> out
+    sequential: Bottleneck | None  # out -> r -> out
+    parallel_scale: Any  # a number, or a tensor of one entry (learnable)
+    sequential_scale: Any
+
+
+def apply(x: Tensor, base: Affine, p: Params) -> Tensor:
+    h = base(x)
+    y = h
+    if p.parallel is not None:
+        y = y + p.parallel_scale * p.parallel(x)
+    if p.sequential is not None:
+        y = y + p.sequential_scale * p.sequential(h)
+    return y
+
+
+def fuse(base: Affine, p: Params) -> Affine:
+    fused = base
+    if p.parallel is not None:
+        fused = fused.plus(p.parallel.down.then(p.parallel.up).times(p.parallel_scale))
+    if p.sequential is not None:
+        fused = fused.plus(base.then(p.sequential.down).then(p.sequential.up).times(p.sequential_scale))
+    return fused
+
+
+def shapes(out_features: int, in_features: int, p: Params) -> dict[str, tuple[int, ...]]:
+    expected: dict[str, tuple[int, ...]] = {}
+    if p.parallel is not None:
+        expected |= bottleneck_shapes("parallel", p.parallel, in_features, out_features)
+    if p.sequential is not None:
+        expected |= bottleneck_shapes("sequential", p.sequential, out_features, out_features)
+    for name in ("parallel_scale", "sequential_scale"):
+        scale = getattr(p, name)
+        if hasattr(scale, "shape"):
+            expected[name] = tuple(scale.shape) if len(scale.shape) == 0 else (1,)
+    return expected
+
+
+def example(seed: int, base: Affine) -> Params:
+    draw = Draw(seed)
+    out, inn = base.out_features, base.in_features
+    branches = draw.choice(("both", "both", "parallel", "sequential"))
+    return Params(
+        None if branches == "sequential" else draw.bottleneck(draw.integer(1, 5), inn, out, bias=seed % 2 == 0),
+        None if branches == "parallel" else draw.bottleneck(draw.integer(1, 5), out, out, bias=seed % 3 != 0),
+        0.3 + seed % 4,
+        draw.tensor(1),
+    )
+
+
+def describe(p: Params) -> dict[str, Any]:
+    branches: dict[str, tuple[Bottleneck | None, Any]] = {
+        "parallel": (p.parallel, p.parallel_scale),
+        "sequential": (p.sequential, p.sequential_scale),
+    }
+    return {name: {"rank": b.rank, "scale": float(scale)} for name, (b, scale) in branches.items() if b is not None}

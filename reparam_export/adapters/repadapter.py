@@ -1,0 +1,41 @@
+"""RepAdapter: y = W x' + b on x' = x + s U(D(x)), so W' = W + s W U D and b' = b + W s (U d + u).
+
+D and U are the authors' 1x1 convolutions conv_A and conv_B, here as matrices (a grouped convolution is block-diagonal).
+Luo et al., "Towards Efficient Visual Adaption via Structural Re-parameterization", 2023, equations 5 to 8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from reparam_export.adapters._bottleneck import Draw, bottleneck_shapes
+from reparam_export.affine import Affine, Bottleneck, Tensor
+
+
+@dataclass(frozen=True)
+class Params:
+    pair: Bottleneck  # in -> r -> in
+    scale: float
+
+
+def apply(x: Tensor, base: Affine, p: Params) -> Tensor:
+    return base(x + p.scale * p.pair(x))
+
+
+def fuse(base: Affine, p: Params) -> Affine:
+    return base.plus(p.pair.down.then(p.pair.up.then(base.linear())).times(p.scale))
+
+
+def shapes(out_features: int, in_features: int, p: Params) -> dict[str, tuple[int, ...]]:
+    return bottleneck_shapes("pair", p.pair, in_features, in_features)
+
+
+def example(seed: int, base: Affine) -> Params:
+    draw = Draw(seed)
+    inn = base.in_features
+    return Params(draw.bottleneck(draw.integer(1, 6), inn, inn, bias=seed % 3 != 0), 0.5 + seed % 4)
+
+
+def describe(p: Params) -> dict[str, Any]:
+    return {"rank": p.pair.rank, "scale": p.scale}

@@ -1,0 +1,286 @@
+"""``hf:FOLDER_OR_ID?key=value&...``: a transformers model with its ``config.json`` and its full weights.
+
+    hf:path/to/folder                           safetensors or pytorch_model.bin, sharded or not
+    hf:path/to/folder                           with --base-weights FILE: config from the folder, weights from the file
+    hf:FacebookAI/roberta-base?architecture=RobertaForSequenceClassification
+
+The class is ``architectures[0]`` of the config, or the keyword ``architecture``; ``attn_implementation`` is passed on;
+every other keyword must be a field of the config and replaces it. ``num_labels`` is taken from the classifier that the
+checkpoint brings when it is not given. Parameters keep the dtype they are stored in. Code that comes with a model is
+never run, and ``HF_HUB_OFFLINE`` is honoured. Needs ``pip install reparam-export[hf]``.
+
+Inputs: ``input_ids`` and ``attention_mask`` (batch, sequence) int64, or ``pixel_values`` (batch, channels, height,
+width) float32, or what --input says. Outputs: every tensor of the model's output, by its name there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reparam_export.errors import (
+    CheckpointError,
+    MissingBackendError,
+    MissingSettingError,
+    TensorMismatchError,
+    UsageError,
+)
+from reparam_export.models import Base, Input, Signature, first_line, split_argument, with_observed_outputs
+from reparam_export.state import is_constant, load_state
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+CLASSIFIERS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
+
+
+def build(argument: str, base: Base) -> tuple[nn.Module, Signature]:
+    """The transformers model with its weights, in the dtypes they are stored in.
+
+    Raises MissingBackendError without transformers, UsageError for a keyword that the config does not have,
+    MissingSettingError for a config without an architecture, CheckpointError for a model that cannot be had or read
+    and TensorMismatchError for weights that do not fit.
+    """
+    place, keywords = split_argument(argument)
+    with _quiet():
+        folder = _file(place, "config.json", base).parent
+        config, model_class, options = _configured(folder, keywords, base)
+        state = base.tensors()
+        if state is None:
+            state = {k: v for k, v in _stored(place, folder, base).items() if k not in base.ignored}
+        model = _load(model_class, config, state, options, base)
+    return model, _signature(model, base)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its progress bars, its log lines and its warnings about legacy files."""
+    try:
+        from transformers.utils.logging import (
+            disable_progress_bar,
+            enable_progress_bar,
+            get_verbosity,
+            is_progress_bar_enabled,
+            set_verbosity,
+        )
+    except ImportError as error:
+        raise MissingBackendError(
+            "a base of the scheme hf needs the package transformers, which is not installed; "
+            "pip install 'reparam-export[hf]'",
+            package="transformers",
+            extra="hf",
+        ) from error
+    level, bars = get_verbosity(), is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    set_verbosity(logging.CRITICAL)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    hub.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(transformers|huggingface_hub)\b.*")
+            yield
+    finally:
+        set_verbosity(level)
+        hub.setLevel(hub_level)
+        if bars:
+            enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _file(place: str, name: str, base: Base, *, needed: bool = True) -> Any:
+    """The path of one file of the model, fetched when ``place`` is an ID; None when it is not needed and not there."""
+    from transformers.utils.hub import cached_file
+
+    if Path(place).is_dir():
+        path = Path(place) / name
+        found = str(path) if path.is_file() else None
+    else:
+        try:
+            found = cached_file(place, name, _raise_exceptions_for_missing_entries=needed)
+        except Exception as error:  # no network, no such ID, no access: many types, one meaning
+            raise CheckpointError(
+                f"base {base.spec!r}: expected a folder, or the ID of a model that can be fetched; found no folder "
+                f"{place!r} and no such model ({first_line(error)}); check the path, the ID, the network and "
+                "HF_HUB_OFFLINE"
+            ) from error
+    if found is None and needed:
+        raise CheckpointError(
+            f"base {base.spec!r}: expected {name} in {place}; found none; give the folder that save_pretrained wrote"
+        )
+    return None if found is None else Path(found)
+
+
+def _configured(folder: Path, keywords: dict[str, Any], base: Base) -> tuple[Any, Any, dict[str, Any]]:
+    """The config, the model class and the options of ``from_pretrained``."""
+    import transformers
+
+    options = {k: keywords.pop(k) for k in ("attn_implementation",) if k in keywords}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(
+            f"base {base.spec!r}: config.json is not one of transformers {transformers.__version__}: "
+            f"{first_line(error)}; models that bring their own code are not run: give them as py:FILE.py:FUNCTION"
+        ) from error
+    if getattr(config, "quantization_config", None):
+        raise CheckpointError(
+            f"base {base.spec!r}: expected plain weights; config.json says they are quantized "
+            "(quantization_config); give the base before quantization"
+        )
+    name = keywords.pop("architecture", None) or next(iter(config.architectures or ()), None)
+    if name is None:
+        raise MissingSettingError(
+            f"base {base.spec!r}: config.json names no class in 'architectures'; add ?architecture=CLASS to the spec",
+            setting="architectures",
+            found_in="config.json of the base",
+            option="--base",
+        )
+    model_class = getattr(transformers, name, None)
+    if not (inspect.isclass(model_class) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise CheckpointError(
+            f"base {base.spec!r}: expected a model class of transformers {transformers.__version__}; found {name!r}; "
+            "another one can be named with ?architecture=CLASS"
+        )
+    labels = next((s[0] for n, s in base.replaced.items() if n in CLASSIFIERS), None)
+    if labels is not None and labels != config.num_labels:
+        keywords.setdefault("num_labels", labels)
+    for key, value in keywords.items():
+        if not hasattr(config, key):
+            raise UsageError(f"base {base.spec!r}: {type(config).__name__} has no field {key!r}; correct the keyword")
+        setattr(config, key, value)
+    return config, model_class, options
+
+
+def _stored(place: str, folder: Path, base: Base) -> dict[str, Tensor]:
+    """All tensors of the model's own weight files, by the names they have there."""
+    import json
+
+    for name in SINGLE:
+        if (path := _file(place, name, base, needed=False)) is not None:
+            return load_state(path)
+        if (index := _file(place, f"{name}.index.json", base, needed=False)) is not None:
+            try:
+                shards = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"weights {index}: expected an index of shards; {first_line(error)}") from error
+            return _shards({str(k): str(v) for k, v in shards.items()}, place, base)
+    raise CheckpointError(
+        f"base {base.spec!r}: expected the full weights in {folder}: {' or '.join(SINGLE)}, or their shards and index; "
+        "found none; an adapter folder is not a base: give the folder of the base, or --base-weights FILE"
+    )
+
+
+def _shards(where: Mapping[str, str], place: str, base: Base) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for shard in sorted(set(where.values())):
+        state |= load_state(_file(place, shard, base))
+    for name in sorted(set(where) ^ set(state)):
+        raise _mismatch(base, name, where.get(name, "not in the index"), "in a shard" if name in state else None)
+    return state
+
+
+def _load(model_class: Any, config: Any, state: dict[str, Tensor], options: dict[str, Any], base: Base) -> nn.Module:
+    """The model with the state in it; what transformers did not find, use or fit is refused, not skipped."""
+    import torch
+
+    dtypes = {t.dtype for t in state.values() if t.is_floating_point()} or {torch.float32}
+    widest = (
+        max(dtypes, key=lambda d: d.itemsize) if len({d.itemsize for d in dtypes}) == len(dtypes) else torch.float32
+    )
+    try:
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(state),
+            dtype=widest,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"base {base.spec!r}: {model_class.__name__} cannot be built or loaded: {first_line(error)}; "
+            "check config.json against the weights"
+        ) from error
+    fresh = _refuse(info, state, base)
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name in fresh:
+                tensor.zero_()
+    _restore_dtypes(model, state)
+    return model  # type: ignore[no-any-return]
+
+
+def _restore_dtypes(model: Any, state: Mapping[str, Tensor]) -> None:
+    """Give tensors back the dtype of the file: all were loaded in the widest one there, so nothing was lost."""
+    prefix = f"{model.base_model_prefix}."
+    narrow: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        stored = state.get(name, state.get(name.removeprefix(prefix)))
+        if stored is not None and stored.dtype != tensor.dtype and stored.is_floating_point():
+            narrow[name] = tensor.to(stored.dtype)
+    if narrow:
+        model.load_state_dict(narrow, strict=False, assign=True)
+        model.tie_weights()
+
+
+def _refuse(info: Mapping[str, Any], state: Mapping[str, Tensor], base: Base) -> set[str]:
+    """Raise TensorMismatchError unless all fits; the names that only the checkpoint brings, random so far."""
+    mismatched = {str(m[0]): (tuple(m[1]), tuple(m[2])) for m in info["mismatched_keys"]}  # name, file's, model's
+    for name in sorted(set(info["missing_keys"]) - set(base.replaced)):
+        raise _mismatch(base, name, "a tensor in the weights", None)
+    for name in sorted(set(mismatched) - set(base.replaced)):
+        raise _mismatch(base, name, mismatched[name][1], mismatched[name][0])
+    for name in sorted(info["unexpected_keys"]):
+        if not (name in base.replaced or (name in state and is_constant(name, state[name]))):
+            raise _mismatch(base, name, None, tuple(state[name].shape) if name in state else "a tensor")
+    return set(info["missing_keys"]) | set(mismatched)
+
+
+def _mismatch(base: Base, tensor: str, expected: object, found: object) -> TensorMismatchError:
+    return TensorMismatchError(
+        f"base {base.spec!r}: {tensor}: the model expects {expected or 'no such tensor'}; the weights hold "
+        f"{found or 'no such tensor'}; check that config.json and its architecture belong to these weights",
+        module=tensor.rpartition(".")[0],
+        tensor=tensor,
+        expected=expected,
+        found=found,
+    )
+
+
+def _signature(model: Any, base: Base) -> Signature:
+    accepted = inspect.signature(model.forward).parameters
+    settings: dict[str, Any] = {"by_name": True, "return_dict": True}
+    if "use_cache" in accepted:
+        settings["use_cache"] = False
+    inputs = base.inputs or _inputs(model, accepted, base)
+    return with_observed_outputs(model, Signature(inputs, (), settings), base.spec)
+
+
+def _inputs(model: Any, accepted: Mapping[str, Any], base: Base) -> tuple[Input, ...]:
+    config = model.config
+    if model.main_input_name == "input_ids" and not config.is_encoder_decoder:
+        usual = {"sequence": min(16, int(getattr(config, "max_position_embeddings", None) or 16) // 2)}
+        shape = ("batch", "sequence")
+        vocabulary = int(model.get_input_embeddings().num_embeddings)
+        ids = Input("input_ids", shape, "int64", vocabulary, usual)
+        mask = Input("attention_mask", shape, "int64", 2, usual)
+        return (ids, mask) if "attention_mask" in accepted else (ids,)
+    if model.main_input_name == "pixel_values" and getattr(config, "image_size", None):
+        size = config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return (Input("pixel_values", ("batch", int(getattr(config, "num_channels", 3)), int(height), int(width))),)
+    raise MissingSettingError(
+        f"base {base.spec!r}: the inputs of {type(model).__name__} are not known from its config; "
+        "state each with --input NAME=batch,...:DTYPE",
+        setting="inputs",
+        found_in="the forward of the model",
+        option="--input",
+    )

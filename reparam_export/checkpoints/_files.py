@@ -1,0 +1,107 @@
+"""Opening checkpoint files: tensors by name, without ever running code from the file.
+
+``.safetensors`` is read through numpy while inspecting, so that torch need not be imported; pickles with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reparam_export.errors import CheckpointError
+
+PICKLES = (".pt", ".pth", ".bin", ".pth.tar", ".ckpt")
+
+
+def load_safetensors(path: Path, *, numpy: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """Tensors (numpy arrays or torch tensors) and the metadata of a safetensors file. Raises CheckpointError."""
+    from safetensors import SafetensorError, safe_open
+
+    if numpy:
+        import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
+    try:
+        with safe_open(path, framework="numpy" if numpy else "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); the file is truncated or damaged") from error
+
+
+def load_pickle(path: Path) -> Any:
+    """What ``torch.load(weights_only=True)`` gives. A pickle that wants more than plain data is refused by the name it wants."""
+    import pickle
+    import warnings
+
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = _wanted(str(error))
+        raise CheckpointError(
+            f"{path}: this pickle wants to import {wanted}, which is code, not weights; it was not run; "
+            "save the plain state dict (tensors by name) and pass that"
+        ) from error
+    except Exception as error:  # torch raises anything from KeyError to RuntimeError on a damaged file
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: cannot be read as a torch file ({first}); the file is truncated or damaged") from error
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file, or of all files of a folder with their names."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        if file != path:
+            digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def is_tensor(value: Any) -> bool:
+    return hasattr(value, "dtype") and hasattr(value, "shape")
+
+
+def flat_tensors(path: Path, content: Any) -> dict[str, Any]:
+    """A flat mapping of tensors, unwrapped from a sole ``model`` or ``state_dict`` entry. Raises CheckpointError."""
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(k, str) for k in content):
+        raise CheckpointError(f"{path}: expected tensors by name, found {type(content).__name__}")
+    others = [name for name, value in content.items() if not is_tensor(value)]
+    if others:
+        raise CheckpointError(f"{path}: entry {others[0]!r} is a {type(content[others[0]]).__name__}, expected a tensor")
+    return {name: _plain(value) for name, value in content.items()}
+
+
+def _plain(tensor: Any) -> Any:
+    """An nn.Parameter as the plain tensor it holds."""
+    return tensor.detach() if hasattr(tensor, "detach") else tensor
+
+
+def _wanted(message: str) -> str:
+    """The global that a weights-only load refused, out of torch's message."""
+    import re
+
+    match = re.search(r"(?:GLOBAL|Unsupported (?:global|class|operand)[^\w]*)\s*([\w.]+)", message) or re.search(
+        r"`?([A-Za-z_][\w]*(?:\.[A-Za-z_]\w*)+)`?", message
+    )
+    return match[1] if match else "something that is not a tensor"

@@ -1,0 +1,18 @@
+"""What every PEFT folder shares: the prefix of its keys and the place where it names its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reparam_export.checkpoints import Source
+
+PREFIX = "base_model.model."
+
+
+def base_spec(source: Source) -> str | None:
+    """``hf:`` spec of ``base_model_name_or_path``: a folder beside the adapter's, one of the working folder, or a hub id."""
+    name = source.config.get("base_model_name_or_path")
+    if not name:
+        return None
+    beside = source.file.parent / str(name)
+    return f"hf:{beside}" if beside.is_dir() else f"hf:{Path(str(name)) if Path(str(name)).is_dir() else name}"

@@ -1,0 +1,45 @@
+"""Hydra vtab1k: the ``.pt`` of ``utils.save`` (extremebird/Hydra, vtab1k): every parameter named ``hydra`` or ``head``.
+
+``blocks.N.attn.hydra_proj_{par,seq}`` act on ``attn.proj``, ``blocks.N.mlp.hydra_mlp_{par,seq}`` on ``mlp.fc2``. One scale for all,
+which only the YAML of the run holds.
+"""
+
+from __future__ import annotations
+
+import re
+
+from reparam_export.adapters import hydra
+from reparam_export.affine import Affine, Bottleneck
+from reparam_export.checkpoints import Adapter, Claim, Parts, Source
+
+LOOKED_FOR = "blocks.N.attn.hydra_proj_par.down_proj.weight and the like (Hydra, vtab1k)"
+BRANCH = re.compile(r"(?P<parent>.+)\.hydra_(?P<layer>proj|mlp)_(?P<branch>par|seq)\.(?:down|up)_proj\.(?:weight|bias)")
+ADAPTED = {"proj": "proj", "mlp": "fc2"}
+
+
+def accepts(source: Source) -> bool:
+    return any(BRANCH.fullmatch(name) for name in source.tensors)
+
+
+def read(source: Source) -> Parts:
+    claim = source.claim()
+    scale = source.settings.number("scale", found_in="configs/<method>/<dataset>.yaml of the run, unless --scale overrode it")
+    sites = dict.fromkeys((m["parent"], m["layer"]) for name in source.tensors if (m := BRANCH.fullmatch(name)))
+    adapters = []
+    for parent, layer in sites:
+        prefix = f"{parent}.hydra_{layer}"
+        params = hydra.Params(pair(claim, f"{prefix}_par"), pair(claim, f"{prefix}_seq"), scale, scale)
+        adapters.append(Adapter(f"{parent}.{ADAPTED[layer]}", "hydra", params))
+    replaced = claim.take_all(lambda name: "head" in name)
+    claim.finish()
+    return Parts(tuple(adapters), replaced)
+
+
+def pair(claim: Claim, prefix: str) -> Bottleneck | None:
+    """The bottleneck under ``prefix``, or None when the branch is absent altogether."""
+    if not any(name.startswith(f"{prefix}.") for name in claim.names()):
+        return None
+    down, up = (
+        Affine(claim.take(f"{prefix}.{part}.weight"), claim.take_if(f"{prefix}.{part}.bias")) for part in ("down_proj", "up_proj")
+    )
+    return Bottleneck(down, up)

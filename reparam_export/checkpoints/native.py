@@ -1,0 +1,89 @@
+"""Our own format, ``reparam-export/1``: a torch file of plain data that says everything, so that converting it needs no option.
+
+    {"format": "reparam-export/1",
+     "base": "timm:..." or "hf:..." or None,
+     "base_state": {name: tensor} or None           the base's state, when it is not to be had elsewhere
+     "adapters": [{"module": "blocks.0.attn.proj", "kind": "hydra", "rows": None or [start, stop],
+                   "params": {"parallel": {"down": {"weight": tensor, "bias": tensor or None}, "up": {...}}, ...}}],
+     "replaced": {name: tensor},
+     "notes": [str]}
+
+``params`` are the fields of the kind's ``Params``, nested as its dataclasses are. A ``py:`` base is never taken from a file: naming code to
+run is for the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from reparam_export.adapters import kind
+from reparam_export.checkpoints import NATIVE, Adapter, Parts, Source
+from reparam_export.errors import CheckpointError, ReparamError
+
+LOOKED_FOR = f'a torch file with "format": "{NATIVE}" (written by save())'
+BASES = ("timm:", "hf:", "open_clip:")
+
+
+def accepts(source: Source) -> bool:
+    return source.content.get("format") == NATIVE
+
+
+def read(source: Source) -> Parts:
+    content, path = source.content, source.path
+    unknown = set(content) - {"format", "base", "base_state", "adapters", "replaced", "notes"}
+    if unknown:
+        raise CheckpointError(f"{path}: unknown entry {sorted(unknown)[0]!r} in a {NATIVE} file; it was written by a newer version")
+    base = content.get("base")
+    if base is not None and not (isinstance(base, str) and base.startswith(BASES)):
+        raise CheckpointError(f"{path}: base {base!r} is not one of {', '.join(BASES)}; pass the base with --base")
+    adapters = content.get("adapters")
+    if not isinstance(adapters, list):
+        raise CheckpointError(f"{path}: 'adapters' must be a list, found {type(adapters).__name__}")
+    return Parts(
+        tuple(_adapter(path, entry) for entry in adapters),
+        replaced=_tensors(path, content.get("replaced") or {}),
+        base=base,
+        base_state=_tensors(path, content.get("base_state") or {}),
+        notes=tuple(map(str, content.get("notes") or ())),
+    )
+
+
+def to_plain(params: Any) -> Any:
+    """A kind's ``Params`` as nested dicts of tensors, numbers and strings, as the format stores them."""
+    if is_dataclass(params) and not isinstance(params, type):
+        return {f.name: to_plain(getattr(params, f.name)) for f in fields(params)}
+    if isinstance(params, tuple):
+        return list(params)
+    return params.detach().clone().contiguous() if hasattr(params, "detach") else params
+
+
+def _adapter(path: Path, entry: Any) -> Adapter:
+    try:
+        module, name, rows = entry["module"], entry["kind"], entry.get("rows")
+        params = _from_plain(kind(name).Params, entry["params"])
+        return Adapter(str(module), str(name), params, None if rows is None else (int(rows[0]), int(rows[1])))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ReparamError) as error:
+        named = entry.get("module") if isinstance(entry, Mapping) else entry
+        raise CheckpointError(f"{path}: adapter entry {named!r} cannot be read: {error}") from error
+
+
+def _from_plain(target: Any, value: Any) -> Any:
+    """Rebuild dataclass ``target`` from nested dicts; unknown and missing fields are errors."""
+    options = [t for t in get_args(target) if t is not type(None)] or [target]
+    if value is None or not is_dataclass(options[0]):
+        return tuple(value) if isinstance(value, list) else value
+    hints = get_type_hints(options[0])
+    names = {f.name for f in fields(options[0])}
+    if not isinstance(value, Mapping) or set(value) != names:
+        found = sorted(value) if isinstance(value, Mapping) else value
+        raise CheckpointError(f"expected the fields {sorted(names)}, found {found}")
+    return options[0](**{name: _from_plain(hints[name], value[name]) for name in names})  # type: ignore[operator]
+
+
+def _tensors(path: Path, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(hasattr(t, "shape") for t in value.values()):
+        raise CheckpointError(f"{path}: 'replaced' and 'base_state' must map names to tensors")
+    return {str(name): tensor for name, tensor in value.items()}

@@ -1,0 +1,340 @@
+"""Export: a verified model to one target, run or audited before it counts as an artefact. Never sees an adapter's formula.
+
+A target is a module with ``write()``, and a ``Runner`` where its files can be run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reparam_export.errors import EquivalenceError, UsageError
+from reparam_export.exporters.artifact import Artifact
+from reparam_export.models import Signature
+from reparam_export.verification.certificate import OutputEvidence
+from reparam_export.verification.outputs import Reference, compare, distance
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from reparam_export.verification import VerifiedModel
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+TARGETS = ("onnx", "trt", "safetensors")
+BATCH = (1, 8, 64)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an export can be told. batch: min, opt and max of the engine's profile; the largest is also what ONNX is run at."""
+
+    precision: str = "fp32"
+    opset: int | None = None
+    batch: tuple[int, int, int] = BATCH
+    gpus: tuple[str, ...] = ()
+    external: int | None = None  # bytes of weights from which they go to a file of their own
+
+
+def export(
+    model: VerifiedModel,
+    target: str,
+    folder: str | Path,
+    *,
+    precision: str = "fp32",
+    opset: int | None = None,
+    batch: tuple[int, int, int] = BATCH,
+    gpus: Sequence[str] = (),
+) -> Artifact:
+    """Write a verified model to ``folder`` as ``target`` ("onnx", "trt" or "safetensors") and prove the file.
+
+    precision: "fp32", "fp16" or "bf16" (norms, softmax and what overflows stay fp32). gpus: compute capabilities such as "sm89".
+    Raises EquivalenceError (the file's outputs are outside the bound; the file is removed), ExportError, UsageError.
+    """
+    from reparam_export.folder import save_artifact
+
+    if target not in TARGETS:
+        raise UsageError(f"unknown target {target!r}; there are: {', '.join(TARGETS)}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"unknown precision {precision!r}; there are: {', '.join(PRECISIONS)}")
+    options = Options(precision, opset, batch, tuple(gpus))
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    if target == "safetensors":
+        from reparam_export.exporters.safetensors import export_folder
+
+        artifact = export_folder(model, place)
+    else:
+        artifact = to_onnx(model, place, options)
+        if target == "trt":
+            save_artifact(place, artifact)
+            artifact = to_engine(model, place, options, artifact)
+    save_artifact(place, artifact)
+    return artifact
+
+
+def to_onnx(model: VerifiedModel, folder: Path, options: Options) -> Artifact:
+    """``model.onnx``, run by onnxruntime at batch 1, 2 and the largest against the reference."""
+    from reparam_export.exporters import onnx
+
+    started = time.perf_counter()
+    path = folder / "model.onnx"
+    fused = model.module()
+    largest = max(options.batch[2], 2)
+    with _Scratch(folder) as scratch:
+        full = scratch / "model.onnx"
+        write_fp32(fused, model, full, options)
+        base_differences = graph_differences(model, full, scratch, options)
+        kept: tuple[tuple[str, str], ...] = ()
+        floors: dict[str, float] = dict(model.reference.floors)
+        made = full
+        if options.precision != "fp32":
+            made = scratch / "lowered" / "model.onnx"
+            made.parent.mkdir()
+            kept = lower(full, made, model.reference, options)
+            floors = lowered_floors(model, scratch, options, floors)
+        evidence = run_onnx(made, model, floors, options.precision, dict.fromkeys((1, 2, largest)))
+        _refuse(path.name, evidence, base_differences)
+        for stale in folder.glob("model.onnx*"):
+            stale.unlink()
+        for file in made.parent.glob("model.onnx*"):
+            file.replace(folder / file.name)
+    with onnx.Runner(path):
+        pass  # it loads from its final place, external data included
+    graph = summary(path)
+    return Artifact(
+        target="onnx",
+        path=path.name,
+        precision=options.precision,
+        size=sum(f.stat().st_size for f in folder.glob("model.onnx*")),
+        sha256=_sha256(path),
+        weights_sha256=model.certificate.weights_sha256,
+        ran=True,
+        note=f"run by onnxruntime on the {graph.pop('device')} at batch {', '.join(map(str, dict.fromkeys((1, 2, largest))))}",
+        outputs=evidence,
+        kept_fp32=kept,
+        details={**graph, "graph": "identical to the base's", "seconds": round(time.perf_counter() - started, 2)},
+    )
+
+
+def write_fp32(module: nn.Module, model: VerifiedModel, path: Path, options: Options) -> None:
+    """The module in fp32 (widening 16-bit storage is exact) with its provenance in the metadata."""
+    from reparam_export.exporters import onnx
+
+    extra: dict[str, Any] = {} if options.external is None else {"external": options.external}
+    onnx.write(
+        module.float(),
+        model.signature,
+        {k: v[:2] for k, v in model.reference.inputs.items()},
+        path,
+        opset=options.opset,
+        metadata=provenance(model),
+        **extra,
+    )
+
+
+def provenance(model: VerifiedModel) -> dict[str, str]:
+    """What a file says about where it comes from."""
+    from reparam_export.verification import versions
+
+    certificate = model.certificate
+    return {
+        "reparam_export": versions().get("reparam-export", ""),
+        "checkpoint_sha256": certificate.checkpoint["sha256"],
+        "base": str(certificate.base["spec"]),
+        "kinds": json.dumps(certificate.checkpoint["kinds"]),
+        "weights_sha256": certificate.weights_sha256,
+        "verdict": certificate.verdict,
+    }
+
+
+def graph_differences(model: VerifiedModel, fused: Path, scratch: Path, options: Options) -> list[str]:
+    """Differences of the exported graph from that of the exported base (with zeros where folding created a bias)."""
+    from reparam_export.assembly import base_of, fused as assembled, with_replaced
+    from reparam_export.exporters.onnx import differences
+
+    import torch
+
+    base = with_replaced(base_of(model.checkpoint).build()[0], model.checkpoint)
+    zeros = {name: torch.zeros_like(model.weights[name]) for name in model.weights.created}
+    path = scratch / "base" / "model.onnx"
+    path.parent.mkdir()
+    write_fp32(assembled(base, zeros), model, path, options)
+    return differences(path, fused)
+
+
+def lower(source: Path, path: Path, reference: Reference, options: Options) -> tuple[tuple[str, str], ...]:
+    """The file in 16-bit precision, with the activations of the reference's own inputs deciding what overflows."""
+    from reparam_export.exporters import precision
+
+    sample = {name: _numpy(tensor[:2]) for name, tensor in reference.inputs.items()}
+    return precision.lower(source, path, options.precision, samples=[sample], external=options.external)  # type: ignore[arg-type]
+
+
+def lowered_floors(model: VerifiedModel, scratch: Path, options: Options, floors: Mapping[str, float]) -> dict[str, float]:
+    """The unfused model on the same road: exported, lowered, run. Its error is the floor of this precision."""
+    import torch
+
+    place = scratch / "unfused"
+    (place / "lowered").mkdir(parents=True)
+    write_fp32(model.unfused(torch.float32), model, place / "model.onnx", options)
+    lower(place / "model.onnx", place / "lowered" / "model.onnx", model.reference, options)
+    found = run_onnx(place / "lowered" / "model.onnx", model, floors, options.precision, {min(8, model.reference.samples): None})
+    return {o.output: max(o.error, floors[o.output]) for o in found}
+
+
+def run_onnx(
+    path: Path, model: VerifiedModel, floors: Mapping[str, float], precision: str, batches: Mapping[int, None]
+) -> tuple[OutputEvidence, ...]:
+    """onnxruntime's outputs against the reference at each batch size."""
+    import torch
+
+    from reparam_export.exporters import onnx
+
+    dtype = TORCH_NAMES[precision] if precision != "fp32" else model.reference.dtype
+    evidence: list[OutputEvidence] = []
+    with onnx.Runner(path) as runner:
+
+        def run_batch(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+            found = runner.run({name: _numpy(tensor) for name, tensor in inputs.items()})
+            return [torch.from_numpy(found[name]) for name in model.reference.outputs]
+
+        for batch in batches:
+            evidence += compare(f"onnx {precision}", run_batch, model.reference, batch, floors=floors, dtype=dtype)
+    return tuple(evidence)
+
+
+def to_engine(model: VerifiedModel, folder: Path, options: Options, source: Artifact) -> Artifact:
+    """``model.engine`` from the proven ``model.onnx``; run where there is a GPU, else audited."""
+    import torch
+
+    from reparam_export.exporters import tensorrt
+    from reparam_export.verification.engine import audit
+
+    path = folder / "model.engine"
+    axes = {a: int(n) for i in model.signature.inputs for a, n in (i.default or {}).items()}
+    gpus = {"gpus": options.gpus} if options.gpus else {}
+    details = tensorrt.write(folder / source.path, path, batch=options.batch, axes=axes, log=folder / "engine.log", **gpus)
+    evidence: tuple[OutputEvidence, ...] = ()
+    ran = torch.cuda.is_available() and not details.get("ahead_of_time", False)
+    if ran:
+        evidence = run_engine(path, model, source, options)
+        _refuse(path.name, evidence, [])
+    found = audit(path, **audited(model, options.precision))
+    if found.adapter_tensors_found:
+        path.unlink()
+        raise EquivalenceError(f"{path.name}: holds adapter tensors ({', '.join(found.adapter_tensors_found[:3])}); it was not fused")
+    note = "run on this GPU against the reference, and audited" if ran else "audited only: there is no GPU here to run it on"
+    return Artifact(
+        target="trt",
+        path=path.name,
+        precision=options.precision,
+        size=path.stat().st_size,
+        sha256=_sha256(path),
+        weights_sha256=model.certificate.weights_sha256,
+        ran=ran,
+        note=f"built from {source.path} by {details.get('builder', 'TensorRT')}; {note}",
+        outputs=evidence,
+        audit=replace(found, precisions=dict(details.get("precisions", {}))),
+        kept_fp32=source.kept_fp32,
+        details=details,
+    )
+
+
+def run_engine(path: Path, model: VerifiedModel, source: Artifact, options: Options) -> tuple[OutputEvidence, ...]:
+    """The engine's outputs on this machine's GPU at the corners of its profile."""
+    import torch
+
+    from reparam_export.exporters import tensorrt
+
+    floors = {o.output: o.floor for o in source.outputs}
+    evidence: list[OutputEvidence] = []
+    with tensorrt.Runner(path) as runner:
+
+        def run_batch(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+            found = runner.run({name: _numpy(tensor) for name, tensor in inputs.items()})
+            return [torch.from_numpy(found[name]) for name in model.reference.outputs]
+
+        for batch in dict.fromkeys(options.batch):
+            evidence += compare(f"engine {options.precision}", run_batch, model.reference, batch, floors=floors)
+    return tuple(evidence)
+
+
+def audited(model: VerifiedModel, precision: str) -> dict[str, Any]:
+    """The changed tensors as the engine should hold them, and the adapters' own tensors, which it must not."""
+    import ml_dtypes
+
+    from reparam_export.affine import tensors_of
+
+    narrow: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]] = {
+        "fp32": lambda a: a,
+        "fp16": lambda a: a.astype("float16"),
+        "bf16": lambda a: a.astype(ml_dtypes.bfloat16),
+    }[precision]
+    fused = {name: narrow(_numpy(model.weights[name].float())) for name in model.weights.changed}
+    adapters = {
+        f"{a.module}:{name}": narrow(_numpy(tensor.float()))
+        for a in model.checkpoint.adapters
+        for name, tensor in tensors_of(a.params).items()
+    }
+    return {"fused": fused, "adapters": adapters}
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """Opset, node and initializer counts of an ONNX file, and the device it is run on."""
+    import onnx
+    import torch
+
+    content = onnx.load(str(path), load_external_data=False)
+    return {
+        "opset": {o.domain or "ai.onnx": o.version for o in content.opset_import},
+        "nodes": len(content.graph.node),
+        "initializers": len(content.graph.initializer),
+        "device": "GPU" if torch.cuda.is_available() else "CPU",
+    }
+
+
+class _Scratch:
+    """A folder for files in the making beside the results; it goes away whatever happens."""
+
+    def __init__(self, folder: Path) -> None:
+        import tempfile
+
+        self._temporary = tempfile.TemporaryDirectory(prefix=".export-", dir=folder)
+
+    def __enter__(self) -> Path:
+        return Path(self._temporary.name)
+
+    def __exit__(self, *_: object) -> None:
+        self._temporary.cleanup()
+
+
+def _refuse(name: str, evidence: Sequence[OutputEvidence], differences: Sequence[str]) -> None:
+    bad = next((o for o in evidence if not o.passed), None)
+    if bad is not None:
+        raise EquivalenceError(
+            f"{name}: output {bad.output} of {bad.model} at batch {bad.batch} is off by {bad.error:.3g}, bound {bad.bound:.3g} "
+            f"(noise floor {bad.floor:.3g}); the file was not kept",
+            evidence=[asdict(o) for o in evidence],
+        )
+    if differences:
+        raise EquivalenceError(f"{name}: the exported graph differs from the base's: {differences[0]}; the file was not kept")
+
+
+def _numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    result: np.ndarray[Any, Any] = tensor.detach().contiguous().numpy()
+    return result
+
+
+def _sha256(path: Path) -> str:
+    from reparam_export.checkpoints._files import sha256
+
+    return sha256(path)
+
+
+__all__ = ["Artifact", "Options", "Signature", "distance", "export"]

@@ -1,0 +1,141 @@
+"""Optimise an exported graph without losing, merging or renaming a parameter.
+
+The passes are onnxscript's own, less those that compute with weights: constant folding stops at parameters, batch norms
+are not folded into convolutions, zero biases are not dropped, and two equal parameters stay two.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from onnx_ir.passes import PassManager, Sequential
+
+
+def lean(model: ir.Model, parameters: Collection[str]) -> frozenset[str]:
+    """Optimise ``model`` in place; returns the parameters that the graph reads; the others are dropped.
+
+    ``parameters`` are the names of the initializers to be kept as they are. Those that were stored transposed are listed
+    in the metadata, key ``transposed``, as JSON.
+    """
+    from onnxscript.rewriter import onnx_fusions
+
+    Sequential(passes.InlinePass(), passes.RemoveUnusedNodesPass())(model)
+    held = set(parameters) & set(model.graph.initializers)
+    _passes(held)(model)
+    onnx_fusions.fuse(model)
+    transposed = sorted(_transpose(model.graph, held))
+    _share_constants(model.graph, held)
+    Sequential(
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+        passes.ClearMetadataAndDocStringPass(),
+    )(model)
+    _name_nodes(model.graph)
+    model.metadata_props["transposed"] = json.dumps(transposed)
+    return frozenset(held)
+
+
+def _passes(held: Collection[str]) -> Any:
+    """What ``torch.onnx.export(optimize=True)`` runs, with the weights left alone."""
+    from onnxscript import rewriter
+    from onnxscript.optimizer import _constant_folding as folding
+    from onnxscript.rewriter.rules import common
+
+    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if not _computes_with_weights(rule, common)]
+
+    def fold(node: ir.Node) -> bool | None:
+        """Only constants that are no parameters may be folded; ``None`` leaves it to the pass."""
+        return False if any(v is not None and v.name in held for v in node.inputs) else None
+
+    step = PassManager(
+        [
+            folding.FoldConstantsPass(
+                shape_inference=True,
+                input_size_limit=folding.DEFAULT_CONSTANT_FOLD_INPUT_SIZE_LIMIT,
+                output_size_limit=folding.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
+                should_fold=fold,
+            ),
+            rewriter.RewritePass(rules),
+            passes.RemoveUnusedNodesPass(),
+            passes.RemoveUnusedFunctionsPass(),
+            passes.RemoveUnusedOpsetsPass(),
+        ],
+        steps=2,
+        early_stop=True,
+    )
+    return Sequential(
+        step,
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.LiftSubgraphInitializersToMainGraphPass(),
+        passes.CommonSubexpressionEliminationPass(),
+    )
+
+
+def _computes_with_weights(rule: Any, common: Any) -> bool:
+    """Batch norm folding changes weights; the others drop a parameter whose entries happen to be 0 or 1."""
+    starts = ("fuse_batchnorm", "remove_optional_bias", "add_0", "sub_0", "mul_by_1", "div_by_1")
+    return any(rule is getattr(common, name) for name in common.__all__ if name.startswith(starts))
+
+
+def _transpose(graph: ir.Graph, held: Collection[str]) -> list[str]:
+    """Store a matrix transposed when every reader transposes it; returns the names."""
+    done = []
+    for name in held:
+        value = graph.initializers.get(name)
+        tensor = value.const_value if value is not None else None
+        if value is None or tensor is None or len(tensor.shape) != 2 or value.is_graph_output():
+            continue
+        readers = value.consumers()
+        if not readers or not all(n.op_type == "Transpose" and n.domain == "" and _perm(n) == [1, 0] for n in readers):
+            continue
+        if any(node.outputs[0].is_graph_output() for node in readers):
+            continue
+        value.const_value = _turned(tensor)
+        value.shape = ir.Shape(list(reversed(tensor.shape.numpy())))
+        for node in readers:
+            node.outputs[0].replace_all_uses_with(value)
+            graph.remove(node, safe=True)
+        done.append(name)
+    return done
+
+
+def _turned(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    """The transpose, computed when it is written, one tensor in memory at a time."""
+    import numpy as np
+
+    def turn() -> ir.Tensor:
+        return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=tensor.name)
+
+    return ir.LazyTensor(turn, tensor.dtype, ir.Shape(list(reversed(tensor.shape.numpy()))), name=tensor.name)
+
+
+def _perm(node: ir.Node) -> list[int]:
+    attribute = node.attributes.get("perm")
+    return [1, 0] if attribute is None else list(attribute.as_ints())
+
+
+def _share_constants(graph: ir.Graph, held: Collection[str], limit: int = 1024) -> None:
+    """Merge equal small constants that are no parameters."""
+    seen: dict[tuple[object, ...], ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if name in held or tensor is None or tensor.nbytes > limit or value.is_graph_output():
+            continue
+        first = seen.setdefault((tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()), value)
+        if first is not value:
+            value.replace_all_uses_with(first)
+            graph.initializers.pop(name)
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Every node gets a name of its own: builders and reports refer to nodes by name."""
+    for number, node in enumerate(graph):
+        node.name = f"{node.op_type}_{number}"

@@ -1,0 +1,193 @@
+"""safetensors: the fused weights under the base's own names; a Hugging Face folder when the base is one.
+
+    model.safetensors              every other base
+    hf/                            config.json, tokenizer files, shards and index as in the base's folder
+
+Where folding created biases, the config's own switches for them (``attention_bias``, ``mlp_bias``, ...) are set, and the biases that such a
+switch also adds elsewhere are written as zeros, so that stock loaders take the folder. It is loaded back and compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reparam_export.checkpoints._files import read_json, sha256
+from reparam_export.errors import ExportError
+from reparam_export.exporters.artifact import Artifact
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reparam_export.verification import VerifiedModel
+
+INDEX = "model.safetensors.index.json"
+BIAS_SWITCHES = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias", "bias", "add_bias_linear")
+NOT_CARRIED = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".h5", ".msgpack", ".gguf")
+
+
+def export_folder(model: VerifiedModel, folder: Path) -> Artifact:
+    """Write the fused weights below ``folder`` and read them back. Raises ExportError."""
+    started = time.perf_counter()
+    model.module()  # refuses weights that are not the proven ones
+    source = hugging_face_folder(model)
+    name = "model.safetensors" if source is None else "hf"
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
+        made = Path(scratch) / name
+        tensors = dict(model.weights.tensors)
+        details: dict[str, Any] = {}
+        if source is None:
+            _save(made, tensors, model)
+        else:
+            made.mkdir()
+            details = write_hugging_face(source, made, tensors, model)
+        reloaded = read_back(made)
+        _same(reloaded, tensors, name)
+        target = folder / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(made, target)
+    files = [target] if target.is_file() else sorted(p for p in target.iterdir() if p.is_file())
+    loaded = "read back, and loaded by transformers, bit for bit" if source else "read back bit for bit"
+    return Artifact(
+        target="safetensors",
+        path=name,
+        precision="as stored",
+        size=sum(f.stat().st_size for f in files),
+        sha256=sha256(target),
+        weights_sha256=model.certificate.weights_sha256,
+        ran=source is not None,
+        note=loaded,
+        details={**details, "tensors": len(reloaded), "seconds": round(time.perf_counter() - started, 2)},
+    )
+
+
+def hugging_face_folder(model: VerifiedModel) -> Path | None:
+    """The base's own folder, or None for a base of another scheme."""
+    scheme, _, argument = str(model.checkpoint.base).partition(":")
+    if scheme != "hf":
+        return None
+    if Path(argument).is_dir():
+        return Path(argument)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(argument, local_files_only=True))
+
+
+def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], model: VerifiedModel) -> dict[str, Any]:
+    """config, tokenizer and shards. Adds zero biases to ``tensors`` where a config switch needs them. Returns details."""
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(NOT_CARRIED) and file.name != "adapter_config.json":
+            shutil.copy2(file, made / file.name)
+    config = read_json(made / "config.json")
+    changed = bias_switches(config, tensors, model.weights.created)
+    config |= changed
+    (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    shards = shard_of(source, tensors)
+    names = sorted(set(shards.values()))
+    for shard in names:
+        _save(made / shard, {n: t for n, t in tensors.items() if shards[n] == shard}, model)
+    if len(names) > 1:
+        total = sum(t.numel() * t.element_size() for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shards.items()))}
+        (made / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _load_with_transformers(made, tensors)
+    return {"config_changed": changed, "shards": len(names)}
+
+
+def bias_switches(config: Mapping[str, Any], tensors: dict[str, Tensor], created: tuple[str, ...]) -> dict[str, bool]:
+    """The config entries that give the created biases a place; zero biases are added where they create more.
+
+    Raises ExportError when no combination of the config's own switches does.
+    """
+    if not created:
+        return {}
+    import torch
+
+    off = [name for name in _switches(config) if not config.get(name)]
+    for count in range(1, len(off) + 1):
+        for chosen in combinations(off, count):
+            new = _parameters({**config, **dict.fromkeys(chosen, True)}) - set(tensors)
+            known = _parameters({**config, **dict.fromkeys(chosen, True)})
+            if set(created) <= known and all(name.endswith(".bias") for name in new):
+                for name in new:
+                    weight = tensors[f"{name.removesuffix('.bias')}.weight"]
+                    tensors[name] = torch.zeros(weight.shape[0], dtype=weight.dtype)
+                return dict.fromkeys(chosen, True)
+    raise ExportError(
+        f"{config.get('model_type')}: folding created {len(created)} biases ({created[0]}, ...), and no switch of its config "
+        f"({', '.join(off) or 'it has none'}) gives them a place, so stock loaders would drop them; export to ONNX instead"
+    )
+
+
+def shard_of(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Which file each tensor goes to: the base's own sharding; a created bias beside its weight."""
+    if not (source / INDEX).is_file():
+        return dict.fromkeys(tensors, "model.safetensors")
+    index: dict[str, str] = read_json(source / INDEX)["weight_map"]
+    first = next(iter(index.values()))
+    return {name: index.get(name) or index.get(f"{name.rpartition('.')[0]}.weight", first) for name in tensors}
+
+
+def read_back(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file or of a folder's shards."""
+    from reparam_export.checkpoints._files import load_safetensors
+
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_safetensors(file, numpy=False)[0].items()}
+
+
+def _switches(config: Mapping[str, Any]) -> list[str]:
+    """The bias switches that this model's config class knows."""
+    from transformers import AutoConfig
+
+    fields = {k: v for k, v in config.items() if k != "model_type"}
+    known = AutoConfig.for_model(config["model_type"], **fields).to_dict()
+    return [name for name in BIAS_SWITCHES if name in known]
+
+
+def _parameters(config: Mapping[str, Any]) -> set[str]:
+    """The parameter names of the model that this config builds, without memory for them."""
+    import torch
+    import transformers
+
+    fields = {k: v for k, v in config.items() if k != "model_type"}
+    built = transformers.AutoConfig.for_model(config["model_type"], **fields)
+    with torch.device("meta"):
+        return {name for name, _ in getattr(transformers, config["architectures"][0])(built).named_parameters()}
+
+
+def _load_with_transformers(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ExportError unless stock transformers loads the folder with these very tensors."""
+    from reparam_export.errors import ReparamError
+    from reparam_export.models import Base
+
+    try:
+        state = Base(f"hf:{folder}").build()[0].state_dict()
+    except ReparamError as error:
+        raise ExportError(f"transformers does not take the fused folder: {error}") from error
+    _same({name: state[name] for name in tensors if name in state}, tensors, "the folder as transformers loads it")
+
+
+def _same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    import torch
+
+    for name, tensor in expected.items():
+        if name not in found or found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor):
+            raise ExportError(f"{what}: tensor {name} is not the one that was written")
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], model: VerifiedModel) -> None:
+    from safetensors.torch import save_file
+
+    from reparam_export.exporters import provenance
+
+    metadata = {"format": "pt", **provenance(model)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)

@@ -1,0 +1,232 @@
+"""One output folder: what each stage leaves there, and how the next one picks it up.
+
+    fused.safetensors  fused.json          fuse
+    verification.json  reference.npz       verify
+    model.onnx  model.engine  artifact.json    export
+    report.html  report.md  junit.xml      report
+
+Every file is written under a temporary name and renamed. ``fused.json`` holds the recipe (checkpoint, base, settings, with digests), so
+that a later stage reads the same checkpoint again, or says that it has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reparam_export.checkpoints import Checkpoint, read
+from reparam_export.checkpoints._files import load_safetensors, read_json, sha256
+from reparam_export.errors import CheckpointError, EquivalenceError, UsageError
+
+if TYPE_CHECKING:
+    from reparam_export.exporters.artifact import Artifact
+    from reparam_export.fusion import FusedWeights
+    from reparam_export.verification import VerifiedModel
+    from reparam_export.verification.certificate import Certificate
+
+FUSED, PROOF, ARTIFACTS, REFERENCE = "fused.json", "verification.json", "artifact.json", "reference.npz"
+WEIGHTS = "fused.safetensors"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the user gave: enough to read the same checkpoint again. Paths are absolute."""
+
+    checkpoint: str
+    base: str | None = None
+    base_weights: str | None = None
+    config: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    candidate: int = 0
+    inputs: tuple[str, ...] = ()
+    dtype: str | None = None
+
+    def read(self) -> Checkpoint:
+        """The checkpoint. Raises CheckpointError and its kin."""
+        return read(
+            self.checkpoint,
+            self.base,
+            base_weights=self.base_weights,
+            config=self.config,
+            settings=self.settings,
+            candidate=self.candidate,
+            inputs=self.inputs,
+        )
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of every file the result depends on."""
+        files = [self.checkpoint, *self.config, *([self.base_weights] if self.base_weights else [])]
+        scheme, _, argument = (self.base or "").partition(":")
+        place = Path(argument.rpartition(":")[0] if scheme == "py" else argument)
+        if scheme in ("hf", "py") and place.exists():
+            files.append(str(place))
+        return {name: sha256(Path(name)) for name in files}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON under a temporary name, then rename. NaN and infinity become strings, which JSON can hold."""
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(_plain(content), indent=1) + "\n", encoding="utf-8"))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a temporary file beside ``path``, then rename it; on failure nothing is left of it."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_fused(folder: Path, recipe: Recipe, checkpoint: Checkpoint, weights: FusedWeights) -> None:
+    """Write ``fused.safetensors`` and ``fused.json``; what later stages had left for other weights is removed."""
+    from safetensors.torch import save_file
+
+    from reparam_export.fusion import record
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in (PROOF, REFERENCE, ARTIFACTS):
+        (folder / stale).unlink(missing_ok=True)
+    content = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
+    metadata = {"format": "pt", "checkpoint_sha256": checkpoint.sha256, "weights_sha256": weights.sha256()}
+    replace_file(folder / WEIGHTS, lambda path: save_file(content, path, metadata))
+    written = record(checkpoint, weights) | {"recipe": asdict(recipe), "digests": recipe.digests()}
+    write_json(folder / FUSED, written)
+
+
+def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
+    """Read the checkpoint again and the fused weights as they are on disk.
+
+    Raises CheckpointError when the folder holds none, or when the checkpoint or its base changed since.
+    """
+    from reparam_export.fusion import FusedWeights
+
+    if not (folder / FUSED).is_file():
+        raise CheckpointError(f"{folder}: holds no {FUSED}; run `reparam-export fuse CHECKPOINT -o {folder}` first")
+    content = read_json(folder / FUSED)
+    recipe = recipe_of(content)
+    for name, digest in content.get("digests", {}).items():
+        if not Path(name).exists():
+            raise CheckpointError(f"{name}: no such file; {folder} was made from it")
+        if sha256(Path(name)) != digest:
+            raise CheckpointError(f"{name}: changed since {folder} was made from it; run fuse again")
+    tensors, _ = load_safetensors(folder / WEIGHTS, numpy=False)
+    return recipe.read(), FusedWeights(
+        tensors=tensors,
+        changed=tuple(content["changed"]),
+        created=tuple(content["created"]),
+        replaced=tuple(content["replaced"]),
+        aliases=content["aliases"],
+        seconds=content["seconds"],
+    )
+
+
+def recipe_of(content: Mapping[str, Any]) -> Recipe:
+    """The recipe in ``fused.json``. Raises CheckpointError."""
+    try:
+        fields = dict(content["recipe"])
+        return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{FUSED}: damaged ({error!r}); run fuse again") from error
+
+
+def save_proof(folder: Path, certificate: Certificate, model: VerifiedModel | None) -> None:
+    """Write ``verification.json``, and the reference outputs that artefacts are compared with."""
+    extra: dict[str, Any] = {}
+    if model is not None:
+        import numpy as np
+
+        arrays = {f"input:{k}": v.numpy() for k, v in model.reference.inputs.items()}
+        arrays |= {f"output:{k}": v.numpy() for k, v in model.reference.outputs.items()}
+
+        def write(path: Path) -> None:
+            with path.open("wb") as stream:
+                np.savez(stream, **arrays)  # type: ignore[arg-type]
+
+        replace_file(folder / REFERENCE, write)
+        extra = {"reference": {"sha256": sha256(folder / REFERENCE), "floors": dict(model.reference.floors), "dtype": model.reference.dtype}}
+    write_json(folder / PROOF, certificate.to_json() | extra)
+
+
+def load_proof(folder: Path) -> VerifiedModel:
+    """The verified model of an output folder. Raises EquivalenceError when the proof failed or belongs to other weights."""
+    import numpy as np
+    import torch
+
+    from reparam_export.assembly import base_of
+    from reparam_export.verification import VerifiedModel
+    from reparam_export.verification.certificate import from_json
+    from reparam_export.verification.outputs import Reference
+
+    checkpoint, weights = load_fused(folder)
+    if not (folder / PROOF).is_file():
+        raise CheckpointError(f"{folder}: holds no {PROOF}; run `reparam-export verify {folder}` first")
+    content = read_json(folder / PROOF)
+    certificate = from_json(content)
+    if certificate.verdict == "wrong":
+        raise EquivalenceError(f"{folder}: the proof failed; nothing can be exported from it", evidence=certificate)
+    found = weights.sha256()
+    if found != certificate.weights_sha256:
+        raise EquivalenceError(
+            f"{folder / WEIGHTS}: these weights ({found[:12]}) are not the ones that were proven "
+            f"({certificate.weights_sha256[:12]}); run `reparam-export verify {folder}` again"
+        )
+    saved = content.get("reference") or {}
+    if not (folder / REFERENCE).is_file() or sha256(folder / REFERENCE) != saved.get("sha256"):
+        raise CheckpointError(f"{folder / REFERENCE}: missing or changed since the proof; run `reparam-export verify {folder}` again")
+    with np.load(folder / REFERENCE) as arrays:
+        tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    reference = Reference(
+        inputs={k.removeprefix("input:"): v for k, v in tensors.items() if k.startswith("input:")},
+        outputs={k.removeprefix("output:"): v for k, v in tensors.items() if k.startswith("output:")},
+        floors=saved["floors"],
+        dtype=saved["dtype"],
+    )
+    return VerifiedModel(checkpoint, weights, base_of(checkpoint).build()[1], reference, certificate)
+
+
+def save_artifact(folder: Path, artifact: Artifact) -> None:
+    """Add one artefact to ``artifact.json``; one of the same path is replaced."""
+    path = folder / ARTIFACTS
+    others = read_json(path).get("artifacts", []) if path.is_file() else []
+    kept = [other for other in others if other.get("path") != artifact.path]
+    write_json(path, {"artifacts": [*kept, asdict(artifact)]})
+
+
+def prepare(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> set[str]:
+    """Check an output folder before anything is written; the stages that are done there for this very recipe.
+
+    Raises UsageError when it exists with something in it and neither option was given, or when it is not ours to overwrite.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: is a file; expected a folder to write to")
+    if not folder.exists() or not any(folder.iterdir()):
+        return set()
+    ours = (folder / FUSED).is_file()
+    if overwrite and not ours:
+        raise UsageError(f"{folder}: was not made by reparam-export (it holds no {FUSED}), so it is not overwritten")
+    if overwrite:
+        return set()
+    if not resume:
+        raise UsageError(f"{folder}: exists and is not empty; pass --resume to continue it, --overwrite to start anew, or another -o")
+    if not ours:
+        return set()
+    content = read_json(folder / FUSED)
+    if recipe_of(content) != recipe or content.get("digests") != recipe.digests():
+        raise UsageError(f"{folder}: was made from another checkpoint, base or settings; pass --overwrite or another -o")
+    return {"fused"} | ({"proof"} if (folder / PROOF).is_file() else set())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

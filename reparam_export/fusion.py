@@ -1,0 +1,257 @@
+"""Folding: every touched module's new weight and bias, computed in float64 and rounded once to the storage format.
+
+Nothing is mutated, and the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from reparam_export.adapters import kind
+from reparam_export.affine import Affine, map_tensors, tensors_of
+from reparam_export.assembly import base_of, tied_names, with_replaced
+from reparam_export.checkpoints import Adapter, Checkpoint
+from reparam_export.errors import FusionError, SharedWeightError, TensorMismatchError
+from reparam_export.layouts import affine_of, layout_of, stored
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class FusedWeights(Mapping[str, "Tensor"]):
+    """The plain model's whole state under the base's own names, and what folding changed in it."""
+
+    tensors: Mapping[str, Tensor]
+    changed: tuple[str, ...]  # tensors that an adapter changed
+    created: tuple[str, ...]  # biases that the base did not have
+    replaced: tuple[str, ...]  # tensors taken whole from the checkpoint
+    aliases: Mapping[str, str] = field(default_factory=dict)  # tied names -> the name that holds the tensor
+    seconds: float = 0.0
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def storage(self) -> dict[str, int]:
+        """dtype -> number of tensors stored in it."""
+        counts: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            name = str(tensor.dtype).removeprefix("torch.")
+            counts[name] = counts.get(name, 0) + 1
+        return counts
+
+    def sha256(self) -> str:
+        """Digest over every tensor's name, dtype, shape and bytes, in the order of the names."""
+        return digest(self.tensors)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over name, dtype, shape and bytes of every tensor, in the order of the names."""
+    import torch
+
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        total.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def fuse(checkpoint: Checkpoint, dtype: str | None = None) -> FusedWeights:
+    """Fold every adapter of the checkpoint into its base.
+
+    dtype: storage of all float tensors, "fp32", "fp16" or "bf16"; None keeps the dtype each has in the base.
+    Raises TensorMismatchError (base and checkpoint do not fit), SharedWeightError, NotAffineError, FusionError (not finite, no change).
+    """
+    import torch
+
+    started = time.perf_counter()
+    module = with_replaced(base_of(checkpoint).build()[0], checkpoint)
+    storage = getattr(torch, DTYPES[dtype]) if dtype else None
+    state, aliases = own_state(module)
+    _check_shared(module, checkpoint)
+    new: dict[str, Tensor] = {}
+    moved = False
+    for name, adapters in by_module(checkpoint).items():
+        folded, differs = fold_module(module, name, adapters, storage)
+        new |= folded
+        moved = moved or differs
+    if not moved:
+        raise FusionError(
+            f"{checkpoint.path}: the adapter changes nothing: every fused weight equals the base's. "
+            "It was never trained, or the training code never switched it on (as Hydra's published nlu code does)"
+        )
+    tensors = {name: _cast(name, tensor, storage) for name, tensor in state.items() if name not in new} | new
+    _check_finite(tensors)
+    return FusedWeights(
+        tensors={name: tensors[name] for name in sorted(tensors)},
+        changed=tuple(sorted(new)),
+        created=tuple(sorted(set(new) - set(state))),
+        replaced=tuple(sorted(checkpoint.replaced)),
+        aliases=aliases,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def by_module(checkpoint: Checkpoint) -> dict[str, list[Adapter]]:
+    """The adapters of each touched module, in order."""
+    grouped: dict[str, list[Adapter]] = {}
+    for adapter in checkpoint.adapters:
+        grouped.setdefault(adapter.module, []).append(adapter)
+    return grouped
+
+
+def fold_module(
+    module: nn.Module, name: str, adapters: list[Adapter], storage: torch.dtype | None
+) -> tuple[dict[str, Tensor], bool]:
+    """The new ``name.weight`` (and ``name.bias``) of one module, and whether they differ from the old in float64."""
+    import torch
+
+    target = touched_module(module, name)
+    layout = layout_of(name, target)
+    base = affine_of(target, layout, torch.float64)
+    whole = base
+    for adapter in adapters:
+        part = base.rows(*adapter.rows) if adapter.rows else base
+        of_kind = kind(adapter.kind)
+        check_shapes(name, part, adapter)
+        folded = of_kind.fuse(part, map_tensors(adapter.params, lambda t: t.to(torch.float64)))
+        whole = _insert(whole, folded, adapter.rows)
+    if whole.bias is not None and layout == "embedding":
+        raise FusionError(f"{name}: the adapter adds a bias, and an embedding has no place for one")
+    dtype = storage or target.weight.dtype  # type: ignore[assignment]
+    weight = stored(whole.weight, layout, target.weight.shape).to(dtype)  # type: ignore[arg-type]
+    new = {f"{name}.weight": weight}
+    if whole.bias is not None:
+        old = getattr(target, "bias", None)
+        new[f"{name}.bias"] = whole.bias.to(dtype if old is None or storage else old.dtype).contiguous()
+    same_bias = base.bias is whole.bias or (base.bias is not None and torch.equal(base.bias, whole.bias))
+    return new, not (same_bias and torch.equal(base.weight, whole.weight))
+
+
+def touched_module(module: nn.Module, name: str) -> nn.Module:
+    """The base's module of that name. Raises TensorMismatchError that names the nearest ones."""
+    modules = dict(module.named_modules())
+    if name in modules:
+        return modules[name]
+    near = difflib.get_close_matches(name, modules, n=3, cutoff=0.5)
+    raise TensorMismatchError(
+        f"the checkpoint adapts {name}, which the base does not have (nearest: {', '.join(near) or 'none'}); "
+        "is this the base that it was trained on?",
+        module=name,
+        tensor="weight",
+        expected=name,
+        found=near,
+    )
+
+
+def check_shapes(name: str, base: Affine, adapter: Adapter) -> None:
+    """Every tensor of the adapter against the base's size. Raises TensorMismatchError with the first that does not fit."""
+    expected = kind(adapter.kind).shapes(base.out_features, base.in_features, adapter.params)
+    for tensor, value in tensors_of(adapter.params).items():
+        if tuple(value.shape) != expected.get(tensor):
+            raise TensorMismatchError(
+                f"{name}: the {adapter.kind} tensor {tensor} is {tuple(value.shape)}, expected {expected.get(tensor)} on a base "
+                f"weight of {base.out_features} x {base.in_features}; is this the base that it was trained on?",
+                module=name,
+                tensor=tensor,
+                expected=expected.get(tensor),
+                found=tuple(value.shape),
+            )
+
+
+def own_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict with each tied tensor once, and the other names of tied tensors."""
+    state: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    holders: dict[int, str] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) in holders:
+            aliases[name] = holders[id(tensor)]
+        else:
+            holders[id(tensor)] = name
+            state[name] = tensor.detach()
+    return state, aliases
+
+
+def _check_shared(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raises SharedWeightError where an adapter or a replaced tensor would also change another module."""
+    for adapter in checkpoint.adapters:
+        touched_module(module, adapter.module)
+    tied = tied_names(module)
+    touched = [f"{a.module}.weight" for a in checkpoint.adapters] + list(checkpoint.replaced)
+    for tensor in touched:
+        if tensor in tied:
+            others = tuple(o for o in tied[tensor] if o != tensor)
+            raise SharedWeightError(
+                f"{tensor} is one tensor with {', '.join(others)}: changing it would change both. "
+                "Untie them in the base first (for a Hugging Face folder: save it with tie_word_embeddings=False)",
+                tensor=tensor,
+                owners=tied[tensor],
+            )
+
+
+def _insert(whole: Affine, part: Affine, rows: tuple[int, int] | None) -> Affine:
+    if rows is None:
+        return part
+    import torch
+
+    start, stop = rows
+    weight = torch.cat([whole.weight[:start], part.weight, whole.weight[stop:]])
+    if whole.bias is None and part.bias is None:
+        return Affine(weight)
+    old = whole.bias if whole.bias is not None else torch.zeros(len(weight), dtype=weight.dtype)
+    new = part.bias if part.bias is not None else torch.zeros(stop - start, dtype=weight.dtype)
+    return Affine(weight, torch.cat([old[:start], new, old[stop:]]))
+
+
+def _cast(name: str, tensor: Tensor, storage: torch.dtype | None) -> Tensor:
+    return tensor.to(storage) if storage and tensor.is_floating_point() else tensor
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise FusionError(
+                f"{name}: not finite after rounding to {str(tensor.dtype).removeprefix('torch.')}; the values exceed the format. "
+                "Choose a wider one with --dtype"
+            )
+
+
+def record(checkpoint: Checkpoint, weights: FusedWeights) -> dict[str, Any]:
+    """What ``fused.json`` holds: where the weights come from, and what folding did."""
+    from reparam_export.checkpoints._files import sha256
+
+    base_weights = checkpoint.base_weights
+    return {
+        "checkpoint": checkpoint.describe(),
+        "base": {
+            "spec": checkpoint.base,
+            "weights": None if base_weights is None else str(base_weights),
+            "weights_sha256": None if base_weights is None else sha256(base_weights),
+            "inputs": list(checkpoint.inputs),
+        },
+        "compute": "float64",
+        "storage": weights.storage(),
+        "weights_sha256": weights.sha256(),
+        "changed": {name: list(weights[name].shape) for name in weights.changed},
+        "created": list(weights.created),
+        "replaced": list(weights.replaced),
+        "aliases": dict(weights.aliases),
+        "bytes": sum(t.numel() * t.element_size() for t in weights.tensors.values()),
+        "seconds": round(weights.seconds, 3),
+    }

@@ -1,0 +1,236 @@
+"""What one output folder holds, read from its JSON files and checked for shape, nothing computed.
+
+Names and paths come from a checkpoint somebody else made: control characters, lone surrogates and invisible marks are
+made visible here, once, so that no page, table or XML file has to cope with them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import unicodedata
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from reparam_export.errors import CheckpointError
+from reparam_export.exporters.artifact import Artifact
+from reparam_export.verification.certificate import (
+    CarriedEvidence,
+    Certificate,
+    GraphEvidence,
+    LayerEvidence,
+    OutputEvidence,
+    Verdict,
+)
+
+T = TypeVar("T")
+REMEDIES = {"fused.json": "fuse", "verification.json": "verify", "artifact.json": "export"}
+UNPRINTABLE = {"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"}  # controls, invisible marks, surrogates, non-characters, line ends
+FUSED_KEYS: dict[str, type] = {"checkpoint": dict, "base": dict, "storage": dict, "changed": dict, "created": list}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One artefact as it was written down. ``audit`` stays a mapping: its keys belong to the audit of that target."""
+
+    artifact: Artifact
+    audit: dict[str, Any] | None
+    stale: bool  # made from other weights than those in the folder
+
+    @property
+    def tensors_found(self) -> tuple[str, ...]:
+        """Adapter tensors that are still inside; there must be none."""
+        return tuple(map(str, (self.audit or {}).get("adapter_tensors_found") or ()))
+
+    @property
+    def passed(self) -> bool:
+        return not (self.stale or self.tensors_found) and all(output.passed for output in self.artifact.outputs)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything a report may show. ``certificate`` is missing when nothing proves these weights: ``why_unproven``."""
+
+    folder: Path
+    fused: dict[str, Any]
+    certificate: Certificate | None
+    stated: str  # the verdict written in verification.json
+    why_unproven: str
+    exported: tuple[Exported, ...]
+
+    @property
+    def outputs(self) -> tuple[OutputEvidence, ...]:
+        """Of the fused model first, then of every artefact."""
+        own = self.certificate.outputs if self.certificate else ()
+        return (*own, *(output for each in self.exported for output in each.artifact.outputs))
+
+
+def read_evidence(folder: Path) -> Evidence:
+    """Read the folder; a missing ``fused.json`` or a damaged file is a ``CheckpointError`` that says what to run."""
+    fused = _load(folder, "fused.json")
+    if fused is None:
+        raise CheckpointError(
+            f"{folder / 'fused.json'} is missing: {folder} holds no fused weights to report on. "
+            f"Run `reparam-export fuse` into that folder first."
+        )
+    _check_fused(folder, fused)
+    raw = _load(folder, "verification.json")
+    certificate = _certificate(folder, raw) if raw is not None else None
+    why = _why_unproven(fused, certificate)
+    return Evidence(
+        folder=folder,
+        fused=fused,
+        certificate=None if why else certificate,
+        stated=str((raw or {}).get("verdict", "")),
+        why_unproven=why,
+        exported=_exported(folder, fused["weights_sha256"]),
+    )
+
+
+def float_from_json(value: object) -> float:
+    """NaN and infinities arrive as JSON numbers, as strings or as null."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"a number was expected, found {value!r}")
+    return float(value)
+
+
+def visible(value: Any) -> Any:
+    """The same JSON value with every character that prints nothing, or reorders others, spelt out."""
+    if isinstance(value, str):
+        return "".join(_spell(char) if unicodedata.category(char) in UNPRINTABLE else char for char in value)
+    if isinstance(value, dict):
+        return {visible(key): visible(item) for key, item in value.items()}
+    return [visible(item) for item in value] if isinstance(value, list) else value
+
+
+def _spell(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def _why_unproven(fused: dict[str, Any], certificate: Certificate | None) -> str:
+    if certificate is None:
+        return "verification.json is missing"
+    if certificate.weights_sha256 != fused["weights_sha256"]:
+        proven, here = certificate.weights_sha256[:12], fused["weights_sha256"][:12]
+        return f"verification.json is about other weights (sha256 {proven}) than these ({here})"
+    if fused["changed"] and not certificate.layers:
+        return "verification.json holds no layer, although fusion changed tensors"
+    return ""
+
+
+def _load(folder: Path, name: str) -> dict[str, Any] | None:
+    path = folder / name
+    if not path.is_file():
+        return None
+    try:
+        data = visible(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(folder, name, str(error)) from error
+    if not isinstance(data, dict):
+        raise _damaged(folder, name, f"an object was expected, found {type(data).__name__}")
+    return data
+
+
+def _damaged(folder: Path, name: str, reason: str) -> CheckpointError:
+    command = f"reparam-export {REMEDIES[name]}"
+    again = f"`{command}` into that folder" if name == "fused.json" else f"`{command} {shlex.quote(str(folder))}`"
+    return CheckpointError(f"{folder / name} is damaged: {reason}. Run {again} again.")
+
+
+def _check_fused(folder: Path, fused: dict[str, Any]) -> None:
+    if not isinstance(fused.get("weights_sha256"), str):
+        raise _damaged(folder, "fused.json", "weights_sha256 is missing")
+    for key, kind in FUSED_KEYS.items():
+        if not isinstance(fused.setdefault(key, kind()), kind):
+            raise _damaged(folder, "fused.json", f"{key} is not a {kind.__name__}")
+
+
+def _certificate(folder: Path, raw: dict[str, Any]) -> Certificate:
+    try:
+        if raw.get("verdict") not in get_args(Verdict):
+            raise ValueError(f"unknown verdict {raw.get('verdict')!r}")
+        parts = {
+            "layers": tuple(_layer(each) for each in raw["layers"]),
+            "carried": _typed(CarriedEvidence, raw["carried"]),
+            "outputs": tuple(_output(each) for each in raw["outputs"]),
+            "graph": _typed(GraphEvidence, raw["graph"]),
+        }
+        return _typed(Certificate, raw, parts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(folder, "verification.json", _reason(error)) from error
+
+
+def _exported(folder: Path, weights_sha256: str) -> tuple[Exported, ...]:
+    raw = _load(folder, "artifact.json")
+    if raw is None:
+        return ()
+    try:
+        return tuple(_one_exported(each, weights_sha256) for each in raw["artifacts"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(folder, "artifact.json", _reason(error)) from error
+
+
+def _one_exported(raw: dict[str, Any], weights_sha256: str) -> Exported:
+    outputs = tuple(_output(each) for each in raw.get("outputs", ()))
+    kept = tuple((str(name), str(reason)) for name, reason in raw.get("kept_fp32", ()))
+    artifact = _typed(Artifact, raw, {"outputs": outputs, "audit": None, "kept_fp32": kept})
+    audit = raw.get("audit")
+    if audit is not None and not isinstance(audit, dict):
+        raise ValueError("audit is not an object")
+    return Exported(artifact=artifact, audit=audit, stale=artifact.weights_sha256 != weights_sha256)
+
+
+def _layer(raw: dict[str, Any]) -> LayerEvidence:
+    layer = _typed(LayerEvidence, raw)
+    if layer.verdict not in get_args(Verdict):
+        raise ValueError(f"unknown verdict {layer.verdict!r} of {layer.module}")
+    return layer if math.isfinite(layer.max_error) else replace(layer, verdict="wrong")  # a NaN never passes
+
+
+def _output(raw: dict[str, Any]) -> OutputEvidence:
+    output = _typed(OutputEvidence, raw)
+    return replace(output, passed=output.passed and math.isfinite(output.error))
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _typed(cls: type[T], raw: dict[str, Any], built: dict[str, Any] | None = None) -> T:
+    """The dataclass from a JSON object. Keys it does not know are left for a later version of this package."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{cls.__name__}: an object was expected, found {type(raw).__name__}")
+    values = dict(built or {})
+    for field in fields(cls):  # type: ignore[arg-type]
+        if field.name in values:
+            continue
+        if field.name in raw:
+            values[field.name] = _converted(f"{cls.__name__}.{field.name}", str(field.type), raw[field.name])
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise KeyError(field.name)
+    return cls(**values)
+
+
+def _converted(where: str, annotation: str, value: Any) -> Any:
+    if value is None and annotation.endswith("| None"):
+        return None
+    if annotation.startswith("float"):
+        return float_from_json(value)
+    expected: Any = {"tuple": list, "dict": dict, "bool": bool, "int": int, "str": str}.get(_head(annotation), str)
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise ValueError(f"{where} should be {annotation}, found {value!r:.80}")
+    if expected is not list:
+        return value
+    item_type = int if "int" in annotation else str
+    wrong = [item for item in value if not isinstance(item, item_type)]
+    if wrong:
+        raise ValueError(f"{where} should be {annotation}, found {wrong[0]!r:.80}")
+    return tuple(value)
+
+
+def _head(annotation: str) -> str:
+    return annotation.split("[")[0].split(" ")[0]

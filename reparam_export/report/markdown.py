@@ -1,0 +1,173 @@
+"""``report.md``: pastes into a pull request. The verdict on top, small tables, everything long folded away."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+
+from reparam_export.report.evidence import Evidence
+from reparam_export.report.numbers import count, number, percent, plural, quantity, signed, size
+from reparam_export.report.statement import failures, headline, ran_sentence, verdict
+from reparam_export.verification.certificate import Certificate, GraphEvidence, LayerEvidence
+
+MARKS = {"exact": "✅", "rounded": "✅", "wrong": "❌", "unproven": "⚠️"}
+LISTED = 20  # layers shown, worst first; the page has all of them
+
+
+def markdown(evidence: Evidence) -> str:
+    """The whole text."""
+    certificate = evidence.certificate
+    parts = [f"### {MARKS[verdict(evidence)]} {prose(headline(evidence))}", _failed(evidence)]
+    if certificate is not None:
+        parts += [_proof_table(certificate), _output_table(evidence)]
+    parts.append(_artifact_table(evidence))
+    if certificate is not None:
+        parts += [_layer_details(certificate), _graph_details(certificate.graph)]
+    parts.append(_provenance(evidence))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def code(text: str) -> str:
+    """A name as code. A name that could break out of a code span or a table becomes character references."""
+    if re.fullmatch(r"[A-Za-z0-9_./:, =+\-]+", text):
+        return f"`{text}`"
+    return "<code>" + re.sub(r"[^A-Za-z0-9./: ]", lambda found: f"&#{ord(found[0])};", text) + "</code>"
+
+
+def prose(text: str) -> str:
+    """Text that may quote names: no markup, no mentions, no issue links out of them."""
+    escaped = re.sub(r"[*_`\[\]|~\\#!]", lambda found: f"&#{ord(found[0])};", html.escape(text))
+    return escaped.replace("@", "&#64;&#8203;").replace("://", "&#58;//")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A column whose title starts with ``>`` holds numbers and is set to the right."""
+    marks = ["---:" if title.startswith(">") else "---" for title in head]
+    lines = [[title.removeprefix(">") for title in head], marks, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def details(summary: str, body: str) -> str:
+    """Folded away; the blank lines let the Markdown inside be read as such."""
+    return f"<details>\n<summary>{summary}</summary>\n\n{body}\n\n</details>"
+
+
+def _failed(evidence: Evidence) -> str:
+    found = list(failures(evidence))
+    lines = [f"- {prose(sentence)}" for sentence in found[:LISTED]]
+    if len(found) > LISTED:
+        lines.append(f"- and {len(found) - LISTED} more, all of them in `junit.xml`")
+    return "\n".join(lines)
+
+
+def _proof_table(certificate: Certificate) -> str:
+    layers, carried, graph = certificate.layers, certificate.carried, certificate.graph
+    exact = sum(layer.verdict == "exact" for layer in layers)
+    wrong = sum(not layer.passed for layer in layers)
+    rows = [
+        ("Layers", f"{exact} exact, {len(layers) - exact - wrong} rounded, {wrong} wrong, of {len(layers)}"),
+        ("Change kept by the storage format", percent(certificate.survival)),
+        ("Untouched tensors", f"{carried.equal} of {carried.compared} equal, {len(carried.replaced)} replaced"),
+        ("Graph nodes", f"{count(graph.nodes_fused)} ({_added(graph.nodes_base, graph.nodes_fused)})"),
+        ("Graph bytes", f"{size(graph.bytes_fused)} ({_added(graph.bytes_base, graph.bytes_fused)})"),
+    ]
+    return table(("proof", ""), rows)
+
+
+def _added(base: int, fused: int) -> str:
+    return f"{signed(count(fused - base))} against the base"
+
+
+def _output_table(evidence: Evidence) -> str:
+    rows = [
+        (
+            code(output.model),
+            code(output.output),
+            count(output.batch),
+            number(output.error),
+            number(output.floor),
+            number(output.bound),
+            percent(output.agree),
+            "passed" if output.passed else "**failed**",
+        )
+        for output in evidence.outputs
+    ]
+    head = ("model", "output", ">batch", ">error", ">noise floor", ">bound", ">same class", "")
+    return table(head, rows) if rows else ""
+
+
+def _artifact_table(evidence: Evidence) -> str:
+    rows = [
+        (
+            code(each.artifact.path),
+            f"{prose(each.artifact.target)} {prose(each.artifact.precision)}",
+            size(each.artifact.size),
+            code(each.artifact.sha256[:12]),
+            ran_sentence(each),
+            "passed" if each.passed else "**failed**",
+        )
+        for each in evidence.exported
+    ]
+    return table(("artefact", "target", ">size", "sha256", "checked", ""), rows) if rows else ""
+
+
+def _layer_details(certificate: Certificate) -> str:
+    order = {"wrong": 0, "rounded": 1, "exact": 2}
+    layers = sorted(certificate.layers, key=lambda layer: (order[layer.verdict], -_finite(layer.bound_ratio)))
+    head = ("layer", "kind", "shape", "method", ">max error", ">of its bound", ">kept", "verdict")
+    body = table(head, (_layer_row(layer) for layer in layers[:LISTED]))
+    if len(layers) > LISTED:
+        body += f"\n\nThe {LISTED} closest to their bound; all {len(layers)} are in `report.html`."
+    return details(plural(len(layers), "layer"), body) if layers else ""
+
+
+def _layer_row(layer: LayerEvidence) -> tuple[str, ...]:
+    method = plural(layer.probes, "probe") if layer.method == "probes" else "every entry"
+    return (
+        code(layer.module),
+        prose(layer.kind),
+        " × ".join(map(str, layer.shape)),
+        method,
+        number(layer.max_error),
+        number(layer.bound_ratio),
+        percent(layer.survival),
+        layer.verdict if layer.passed else f"**{layer.verdict}**",
+    )
+
+
+def _finite(value: float) -> float:
+    return value if value == value else float("inf")
+
+
+def _graph_details(graph: GraphEvidence) -> str:
+    rows = [
+        ("nodes", count(graph.nodes_base), count(graph.nodes_fused)),
+        ("parameters", count(graph.parameters_base), count(graph.parameters_fused)),
+        ("bytes", size(graph.bytes_base), size(graph.bytes_fused)),
+        ("multiply-adds", quantity(graph.macs_base), quantity(graph.macs_fused)),
+    ]
+    body = table(("", ">base", ">fused"), rows)
+    for title, names in (("Differs", graph.differences), ("Added by fusion", graph.added)):
+        if names:
+            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+            body += f"\n\n{title}: {', '.join(map(code, names[:LISTED]))}{more}"
+    return details("Graph against the base", body)
+
+
+def _provenance(evidence: Evidence) -> str:
+    fused, certificate = evidence.fused, evidence.certificate
+    rows = [("weights", str(fused["weights_sha256"])), ("computed in", str(fused.get("compute", "not recorded")))]
+    rows += [(f"checkpoint {key}", _flat(value)) for key, value in fused["checkpoint"].items()]
+    rows += [(f"base {key}", _flat(value)) for key, value in fused["base"].items()]
+    if certificate is not None:
+        rows += [("seed", str(certificate.seed)), ("samples", _flat(certificate.samples))]
+        rows += [(f"version {name}", version) for name, version in certificate.versions.items()]
+    body = table(("", ""), [(prose(name), code(value)) for name, value in rows if value])
+    return details("Checkpoint, base, digests, versions", body)
+
+
+def _flat(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} = {item}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,164 @@
+"""``report.html``: one file, no network, no script. The template only lays out what is gathered here."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from reparam_export.report import numbers
+from reparam_export.report.evidence import Evidence
+from reparam_export.report.plots import OUTPUTS_DRAWN, layer_plot, output_plot
+from reparam_export.report.statement import (
+    failures,
+    headline,
+    ran_sentence,
+    share_of_bound,
+    verdict,
+    worst_entry,
+    worst_output,
+)
+from reparam_export.verification.certificate import Certificate
+
+LITTLE = 0.9  # below this share of the change kept, the reader is told what would keep it
+AUDIT_NAMES = {
+    "fused_tensors": "Tensors changed by fusion",
+    "bitwise": "Found bit for bit in the plan",
+    "relaid": "Laid out anew by the builder",
+    "adapter_tensors_found": "Adapter tensors found",
+    "precisions": "Layer outputs by precision",
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number worth seeing first. ``tone`` is a CSS class: "", "good", "warn" or "bad"."""
+
+    name: str
+    value: str
+    note: str
+    tone: str = ""
+
+
+def page(evidence: Evidence) -> str:
+    """The whole file; every name and path is escaped, the plots are the only markup let through."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    for function in (numbers.number, numbers.percent, numbers.count, numbers.size, numbers.quantity, numbers.signed):
+        environment.filters[function.__name__] = function
+    environment.filters["plural"] = numbers.plural
+    source = files("reparam_export.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source).render(_context(evidence)) + "\n"
+
+
+def _context(evidence: Evidence) -> dict[str, Any]:
+    certificate = evidence.certificate
+    return {
+        "evidence": evidence,
+        "certificate": certificate,
+        "verdict": verdict(evidence),
+        "headline": headline(evidence),
+        "failures": list(failures(evidence)),
+        "folder": evidence.folder.resolve().name,
+        "remedy": f"reparam-export verify {shlex.quote(evidence.folder.resolve().name)}",
+        "tiles": _tiles(evidence),
+        "layer_plots": _plots(layer_plot, certificate.layers) if certificate else [],
+        "output_plots": _plots(output_plot, evidence.outputs),
+        "outputs_drawn": OUTPUTS_DRAWN,
+        "little": LITTLE,
+        "ran_sentence": ran_sentence,
+        "worst_entry": worst_entry,
+        "audit_rows": _audit_rows,
+        "provenance": _provenance(evidence),
+        "operators": sorted(certificate.graph.operators.items(), key=lambda item: -item[1]) if certificate else [],
+        "flat": _flat,
+    }
+
+
+def _plots(draw: Any, subjects: tuple[Any, ...]) -> list[Any]:
+    """The same plot for a desk and for a phone; the page shows one of them."""
+    from markupsafe import Markup
+
+    return [Markup(draw(subjects, narrow=narrow)) for narrow in (False, True)] if subjects else []
+
+
+def _tiles(evidence: Evidence) -> list[Tile]:
+    tiles = _proof_tiles(evidence.certificate, evidence) if evidence.certificate else []
+    if evidence.exported:
+        ran = sum(each.artifact.ran for each in evidence.exported)
+        good = all(each.passed for each in evidence.exported)
+        total = len(evidence.exported)
+        tone = ("good" if ran == total else "") if good else "bad"
+        note = "the others were not run" if ran < total else ""
+        tiles.append(Tile("Artefacts run here", f"{ran} of {total}", note, tone))
+    return tiles
+
+
+def _proof_tiles(certificate: Certificate, evidence: Evidence) -> list[Tile]:
+    layers, graph = certificate.layers, certificate.graph
+    exact = sum(layer.verdict == "exact" for layer in layers)
+    wrong = sum(not layer.passed for layer in layers)
+    tone = "bad" if wrong else "good"
+    note = f"{exact} exact, {len(layers) - exact - wrong} rounded, {wrong} wrong"
+    tiles = [Tile("Layers proven", f"{len(layers) - wrong} of {len(layers)}", note, tone)]
+    output = worst_output(evidence.outputs)
+    if output is not None:
+        passed = all(each.passed for each in evidence.outputs)
+        share = f"{numbers.number(share_of_bound(output))} of its bound" if passed else "beyond its bound"
+        note = f"{output.model}, {share}"
+        tiles.append(Tile("Output error", numbers.number(output.error), note, "good" if passed else "bad"))
+    tone = "warn" if certificate.survival < LITTLE else ""
+    tiles.append(Tile("Change kept", numbers.percent(certificate.survival), "by the storage format", tone))
+    added = graph.nodes_fused - graph.nodes_base
+    weight = numbers.size(graph.bytes_fused - graph.bytes_base)
+    tone = "bad" if graph.differences else ("" if graph.added else "good")
+    tiles.append(Tile("Nodes added", numbers.signed(numbers.count(added)), f"{numbers.signed(weight)} added", tone))
+    return tiles
+
+
+def _audit_rows(audit: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """Title, amount and the names behind it; keys this version does not know are shown under their own name."""
+    rows = []
+    for key, value in audit.items():
+        title = AUDIT_NAMES.get(key, key.replace("_", " "))
+        if isinstance(value, list):
+            rows.append((title, numbers.count(len(value)), [_flat(item) for item in value]))
+        else:
+            rows.append((title, _flat(value), []))
+    return rows
+
+
+def _provenance(evidence: Evidence) -> list[tuple[str, list[tuple[str, str]]]]:
+    fused, certificate = evidence.fused, evidence.certificate
+    weights = {key: fused.get(key) for key in ("weights_sha256", "compute", "storage")}
+    weights |= {"size": numbers.size(fused["bytes"]) if isinstance(fused.get("bytes"), int) else None}
+    weights |= {"tensors changed": len(fused["changed"]), "biases created": fused["created"]}
+    weights |= {"fused in": f"{numbers.number(fused['seconds'])} s" if _is_number(fused.get("seconds")) else None}
+    groups: list[tuple[str, dict[str, Any]]] = [
+        ("Checkpoint", fused["checkpoint"]),
+        ("Base", fused["base"]),
+        ("Fused weights", weights),
+    ]
+    if certificate is not None:
+        proof = {"seed": certificate.seed, **{f"samples {key}": value for key, value in certificate.samples.items()}}
+        proof |= {"replaced tensors": list(certificate.carried.replaced)}
+        groups += [("Proof", proof), ("Versions", dict(certificate.versions))]
+    return [(title, _rows(values)) for title, values in groups]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _rows(values: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(key.replace("_", " "), _flat(value)) for key, value in values.items() if value not in (None, [], {}, "")]
+
+
+def _flat(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_flat(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_flat, value))
+    return numbers.number(value) if isinstance(value, float) and not value.is_integer() else str(value)

@@ -1,0 +1,168 @@
+"""The one sentence on top, and one sentence for each thing that failed. Every view of the report says the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+from reparam_export.report.evidence import Evidence, Exported
+from reparam_export.report.numbers import number, plural, size
+from reparam_export.verification.certificate import Certificate, GraphEvidence, LayerEvidence, OutputEvidence
+
+ReportVerdict = Literal["exact", "rounded", "wrong", "unproven"]
+
+
+def verdict(evidence: Evidence) -> ReportVerdict:
+    """Of weights, outputs, graph and every artefact together."""
+    if evidence.certificate is None:
+        return "unproven"
+    if evidence.stated == "wrong" or evidence.certificate.verdict == "wrong":
+        return "wrong"
+    if any(not each.passed and not each.stale for each in evidence.exported):
+        return "wrong"
+    if any(each.stale for each in evidence.exported):
+        return "unproven"
+    return evidence.certificate.verdict
+
+
+def headline(evidence: Evidence) -> str:
+    """The verdict in one sentence, with the numbers that carry it."""
+    said = verdict(evidence)
+    certificate = evidence.certificate
+    if said == "wrong":
+        return f"Failed: {_first_failure(evidence)}"
+    if certificate is None:
+        return f"Not proven: {evidence.why_unproven}"
+    if said == "unproven":
+        return f"Not proven: {_first_failure(evidence)}"
+    parts = [_layers_sentence(certificate), _output_sentence(certificate), graph_sentence(certificate.graph)]
+    return f"Proven: {'; '.join(part for part in parts if part)}"
+
+
+def failures(evidence: Evidence) -> Iterator[str]:
+    """What failed, the most telling first: layers, outputs, carried tensors, graph, artefacts."""
+    certificate = evidence.certificate
+    if certificate is not None:
+        wrong = [layer for layer in certificate.layers if not layer.passed]
+        yield from (f"layer {layer_failure(layer)}" for layer in wrong)
+        yield from (output_failure(output) for output in certificate.outputs if not output.passed)
+        if certificate.carried.different:
+            yield carried_failure(certificate)
+        if certificate.graph.differences:
+            yield f"graph differs from the base: {certificate.graph.differences[0]}"
+    for each in evidence.exported:
+        yield from artifact_failures(each)
+
+
+def layer_failure(layer: LayerEvidence) -> str:
+    """The layer, its error against its bound and the worst entry."""
+    entry = worst_entry(layer)
+    return f"{_layer_error(layer)}; worst entry {entry}" if entry else _layer_error(layer)
+
+
+def worst_entry(layer: LayerEvidence) -> str:
+    """``blocks.0.fc1.weight[3, 7]: expected 0.1, found 0.2``."""
+    worst = layer.worst
+    if not worst:
+        return ""
+    index = worst.get("index")
+    place = "" if index is None else f"{index if isinstance(index, list) else [index]}"
+    expected, found = _full(worst.get("expected")), _full(worst.get("found"))
+    return f"{worst.get('tensor', '')}{place}: expected {expected}, found {found}"
+
+
+def output_failure(output: OutputEvidence) -> str:
+    """One output of one model, with its error, bound and noise floor."""
+    return (
+        f"output {output.output} of {output.model} at batch {output.batch}: error {number(output.error)}, "
+        f"bound {number(output.bound)}, noise floor {number(output.floor)}"
+    )
+
+
+def carried_failure(certificate: Certificate) -> str:
+    """How many untouched tensors changed, and the first of them."""
+    different = certificate.carried.different
+    return f"{plural(len(different), 'untouched tensor')} changed, first {different[0]}"
+
+
+def artifact_failures(exported: Exported) -> Iterator[str]:
+    """Why an artefact does not stand for the proven weights."""
+    artifact = exported.artifact
+    if exported.stale:
+        yield f"{artifact.path} was made from other weights (sha256 {artifact.weights_sha256[:12]})"
+    if exported.tensors_found:
+        found = exported.tensors_found
+        yield f"{artifact.path} still holds {plural(len(found), 'adapter tensor')}, first {found[0]}"
+    yield from (f"{artifact.path}, {output_failure(output)}" for output in artifact.outputs if not output.passed)
+
+
+def ran_sentence(exported: Exported) -> str:
+    """Whether the artefact was executed on this machine, in words nobody can misread."""
+    if exported.artifact.ran:
+        return "Run here against the reference"
+    return "Audited only, not run here" if exported.audit else "Not run here"
+
+
+def graph_sentence(graph: GraphEvidence) -> str:
+    """What the fused graph has that the base's has not."""
+    nodes = plural(graph.nodes_fused - graph.nodes_base, "added node")
+    more = graph.bytes_fused - graph.bytes_base
+    weight = f"{size(more)} added" if more else "0 added bytes"
+    if graph.differences:
+        return f"graph differs from the base in {plural(len(graph.differences), 'place')}, {nodes}, {weight}"
+    start = f"graph identical to the base but for {plural(len(graph.added), 'addition')}" if graph.added else ""
+    return f"{start or 'graph identical to the base'}, {nodes}, {weight}"
+
+
+def worst_output(outputs: tuple[OutputEvidence, ...]) -> OutputEvidence | None:
+    """The output that comes closest to its bound, or goes furthest beyond it."""
+    return max(outputs, key=share_of_bound, default=None)
+
+
+def share_of_bound(output: OutputEvidence) -> float:
+    """Error over bound; anything that is not a number counts as beyond."""
+    if not math.isfinite(output.error) or not math.isfinite(output.bound):
+        return math.inf
+    if output.bound <= 0:
+        return math.inf if output.error > 0 else 0.0
+    return output.error / output.bound
+
+
+def _first_failure(evidence: Evidence) -> str:
+    """Short enough for a headline: the worst entry stands below it."""
+    layers = evidence.certificate.layers if evidence.certificate else ()
+    wrong = [layer for layer in layers if not layer.passed]
+    if wrong:
+        return f"{len(wrong)} of {plural(len(layers), 'layer')} wrong, first {_layer_error(wrong[0])}"
+    return next(failures(evidence), "verification.json says wrong, although no part of it does")
+
+
+def _layer_error(layer: LayerEvidence) -> str:
+    return f"{layer.module}, error {number(layer.max_error)}, {number(layer.bound_ratio)} times its bound"
+
+
+def _layers_sentence(certificate: Certificate) -> str:
+    layers = certificate.layers
+    exact = sum(layer.verdict == "exact" for layer in layers)
+    if not layers:
+        return "no layer was changed"
+    if exact == len(layers):
+        return f"all {plural(exact, 'layer')} exact" if exact > 1 else "the 1 layer exact"
+    within = f"{plural(len(layers), 'layer')} within the rounding bound"
+    return f"{within}, {exact} of them exact" if exact else within
+
+
+def _output_sentence(certificate: Certificate) -> str:
+    output = worst_output(certificate.outputs)
+    if output is None:
+        return "no output was compared"
+    return f"{output.model} output error {number(output.error)}, bound {number(output.bound)}"
+
+
+def _full(value: object) -> str:
+    if value is None:
+        return "NaN"
+    if isinstance(value, float):
+        return f"{value:.9g}" if math.isfinite(value) else number(value)
+    return str(value)

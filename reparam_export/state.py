@@ -1,0 +1,252 @@
+"""State dicts: name -> tensor, read from a file and put into a module, strictly.
+
+load_state(path)                       the tensors of a file, whatever its suffix
+assign(module, state, optional=...)    into the module; nothing missing, left over or mis-shaped
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reparam_export.errors import CheckpointError, TensorMismatchError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".tar")
+WRAPPERS = ("model", "state_dict")
+
+# Buffers that hold no learned number: later versions of the libraries compute them, so files have them and models do
+# not. Each is (name, dtypes): a learned tensor of that name would have another dtype.
+INTEGER, MASK = ("torch.int64", "torch.int32"), ("torch.bool", "torch.uint8", "torch.float32", "torch.float16")
+CONSTANTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("embeddings.position_ids", INTEGER),
+    ("embeddings.token_type_ids", INTEGER),
+    ("attn.relative_position_index", INTEGER),
+    ("attn.masked_bias", MASK),
+    ("rotary_emb.inv_freq", ("torch.float32", "torch.float16", "torch.bfloat16")),
+)
+
+
+def load_state(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors``, ``.pt``/``.pth``/``.bin``/``.tar``, TorchScript or ``.npz`` file, by name.
+
+    They keep their dtype and shape and are memory-mapped where the format allows. Pickles are read with
+    ``weights_only=True``, so a file cannot run code; a sole entry ``model`` or ``state_dict`` is unwrapped.
+    Raises CheckpointError for a missing, truncated or unknown file and for one that holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing there"
+        raise CheckpointError(f"weights {path}: expected a file; found {found}; check the path")
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    if path.suffix == ".npz":
+        return _npz(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return _torch_script(path) if _is_torch_script(path) else _torch(path)
+    raise CheckpointError(
+        f"weights {path}: expected a file that ends in .safetensors, .npz, {', '.join(TORCH_SUFFIXES)}; found "
+        f"{path.suffix or 'no suffix'!r}; convert it to .safetensors"
+    )
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    import safetensors
+    from safetensors.torch import load_file
+
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, "a whole safetensors file", error) from error
+    return state
+
+
+def _npz(path: Path) -> dict[str, Tensor]:
+    import numpy as np
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise _unreadable(path, "a whole .npz file of plain arrays", error) from error
+
+
+def _is_torch_script(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _torch_script(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*torch\.jit.*", category=DeprecationWarning)
+            archive: Any = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+            state: dict[str, Tensor] = dict(archive.state_dict())
+    except (RuntimeError, OSError, ValueError) as error:
+        raise _unreadable(path, "a whole TorchScript archive", error) from error
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _torch(path: Path) -> dict[str, Tensor]:
+    import pickle
+
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None:
+            raise _unreadable(path, "a whole file written by torch.save", error) from error
+        raise CheckpointError(
+            f"weights {path}: expected tensors only; found a pickle that wants {wanted[1]}, which could run code; "
+            "save its state_dict() with torch.save or safetensors"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise _unreadable(path, "a whole file written by torch.save", error) from error
+    return _tensors(path, content)
+
+
+def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
+    """The one name -> tensor mapping in what a pickle holds. Raises CheckpointError when there is none, or several."""
+    import torch
+
+    def flat(value: Any) -> bool:
+        return isinstance(value, Mapping) and all(isinstance(v, torch.Tensor) for v in value.values()) and bool(value)
+
+    found: Any = content
+    if isinstance(content, Mapping) and not flat(content):
+        several = [k for k, v in content.items() if flat(v) or isinstance(v, torch.Tensor)]
+        if len(several) == 1 and several[0] in WRAPPERS:
+            found = content[several[0]]
+    if not flat(found):
+        entries = ", ".join(f"{k} ({type(v).__name__})" for k, v in found.items()) if isinstance(found, Mapping) else ""
+        raise CheckpointError(
+            f"weights {path}: expected a dict of names and tensors, or a dict with exactly one such dict in it, called "
+            f"{' or '.join(WRAPPERS)}; found a {type(found).__name__} {entries[:300]}; save the right dict on its own"
+        )
+    return {str(name): tensor.detach() for name, tensor in found.items()}
+
+
+def _unreadable(path: Path, expected: str, error: Exception) -> CheckpointError:
+    detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CheckpointError(
+        f"weights {path}: expected {expected}; found {path.stat().st_size} bytes that are not ({detail}); "
+        "the file is truncated, damaged or of another format: fetch it again"
+    )
+
+
+def assign(module: nn.Module, state: Mapping[str, Tensor], *, optional: Collection[str] = ()) -> None:
+    """Make the tensors of ``state`` the parameters and buffers of ``module``; their dtype and memory are kept.
+
+    Names in ``optional`` may be missing or have another shape; the module then has zeros there. Tied parameters stay
+    tied: the file may hold one of their names, or all with equal numbers. Raises TensorMismatchError for a tensor
+    that is missing, left over (but for the constants listed above) or mis-shaped.
+    """
+    import torch
+
+    expected = module.state_dict(keep_vars=True)
+    ties = _ties(expected)
+    chosen: dict[str, Tensor] = {}
+    for names in ties:
+        target = expected[names[0]].detach()
+        given = [n for n in names if n in state and not (n in optional and state[n].shape != target.shape)]
+        if given:
+            _check_tensor(given, state, target)
+            chosen.update(dict.fromkeys(names, state[given[0]]))
+        elif any(n in optional for n in names) or names[0].endswith("num_batches_tracked"):
+            chosen.update(dict.fromkeys(names, torch.zeros_like(target)))
+        else:
+            raise _mismatch(
+                names[0], tuple(target.shape), None, [n for t in ties for n in t if not set(t) & set(state)]
+            )
+    left_over = [n for n in state if n not in expected and n not in optional and not is_constant(n, state[n])]
+    if left_over:
+        shape = tuple(state[left_over[0]].shape)
+        raise _mismatch(left_over[0], None, shape, left_over)
+    module.load_state_dict(chosen, strict=True, assign=True)
+    _tie(module, ties)
+
+
+def check_replaced(module: nn.Module, replaced: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise TensorMismatchError unless the module has every tensor of ``replaced``, in that shape.
+
+    A bias may be new where the module has a weight: the checkpoint then adds it.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
+    for name, shape in replaced.items():
+        owner, _, leaf = name.rpartition(".")
+        new_bias = leaf == "bias" and name not in shapes and f"{owner}.weight" in shapes
+        if not new_bias and shapes.get(name) != tuple(shape):
+            raise TensorMismatchError(
+                f"{name}: the checkpoint replaces it with shape {tuple(shape)}; the base model has "
+                f"{shapes.get(name, 'no such tensor')}; choose a base of the checkpoint's size and number of classes",
+                module=owner,
+                tensor=name,
+                expected=tuple(shape),
+                found=shapes.get(name),
+            )
+
+
+def is_constant(name: str, tensor: Tensor) -> bool:
+    """Whether the tensor is one of the CONSTANTS, which a file may hold though the model has no such tensor."""
+    return any(
+        (name == suffix or name.endswith("." + suffix)) and str(tensor.dtype) in dtypes for suffix, dtypes in CONSTANTS
+    )
+
+
+def _ties(expected: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """The names of ``expected``, those of one and the same tensor together."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in expected.items():
+        groups.setdefault(id(tensor), []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def _check_tensor(names: list[str], state: Mapping[str, Tensor], target: torch.Tensor) -> None:
+    import torch
+
+    first = state[names[0]]
+    for name in names:
+        shape, kind = tuple(state[name].shape), state[name].is_floating_point()
+        if shape != tuple(target.shape):
+            raise _mismatch(name, tuple(target.shape), shape, [name])
+        if kind != target.is_floating_point():
+            raise _mismatch(name, target.dtype, state[name].dtype, [name])
+        if not (state[name] is first or torch.equal(state[name], first)):
+            raise _mismatch(name, f"the numbers of {names[0]}, to which it is tied", "other numbers", [name])
+
+
+def _tie(module: nn.Module, ties: list[tuple[str, ...]]) -> None:
+    """Make the names of one group one tensor object again; ``assign=True`` has made them several."""
+    for first, *others in ties:
+        owner, _, leaf = first.rpartition(".")
+        tensor = getattr(module.get_submodule(owner), leaf)
+        for name in others:
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, tensor)
+
+
+def _mismatch(tensor: str, expected: object, found: object, all_names: Collection[str]) -> TensorMismatchError:
+    what = "is missing from" if found is None else "is left over in" if expected is None else "does not fit in"
+    more = f" (and {len(all_names) - 1} more: {', '.join(list(all_names)[1:6])})" if len(all_names) > 1 else ""
+    return TensorMismatchError(
+        f"{tensor} {what} the base weights{more}: the model expects {expected or 'no such tensor'}, the weights hold "
+        f"{found or 'no such tensor'}; choose the base and the options that these weights were saved from",
+        module=tensor.rpartition(".")[0],
+        tensor=tensor,
+        expected=expected,
+        found=found,
+    )

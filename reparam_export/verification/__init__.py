@@ -1,0 +1,222 @@
+"""The proof that the fused model is the trained one: weights, outputs, graph. ``verify`` puts the three together."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reparam_export.adapters import kind
+from reparam_export.assembly import adapted, base_of, fused, with_replaced
+from reparam_export.checkpoints import Adapter, Checkpoint
+from reparam_export.errors import EquivalenceError
+from reparam_export.fusion import FusedWeights, by_module, own_state
+from reparam_export.models import Signature, read_inputs, samples
+from reparam_export.verification.certificate import CarriedEvidence, Certificate, LayerEvidence, OutputEvidence
+from reparam_export.verification.graph import compare_graphs
+from reparam_export.verification.outputs import Reference, compare, first_parting, measure_floors, run
+from reparam_export.verification.survival import overall
+from reparam_export.verification.weights import EXHAUSTIVE_LIMIT, prove_carried, prove_layer, uncovered
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+SAMPLES = 8
+BATCHES = (1, 2)
+
+
+@dataclass(frozen=True)
+class VerifiedModel:
+    """Fused weights with the certificate that they are the trained model; the only thing that can be exported."""
+
+    checkpoint: Checkpoint
+    weights: FusedWeights
+    signature: Signature
+    reference: Reference
+    certificate: Certificate
+
+    def module(self) -> nn.Module:
+        """The plain fused model, in its storage dtypes. Raises EquivalenceError if the weights are not the proven ones."""
+        found = self.weights.sha256()
+        if found != self.certificate.weights_sha256 or self.certificate.verdict == "wrong":
+            raise EquivalenceError(
+                f"these weights ({found[:12]}) are not the ones that were proven ({self.certificate.weights_sha256[:12]}); "
+                "verify them again"
+            )
+        return fused(base_of(self.checkpoint).build()[0], self.weights.tensors)
+
+    def unfused(self, dtype: torch.dtype) -> nn.Module:
+        """The unfused adapted model in one dtype: what noise floors are measured on."""
+        module = with_replaced(base_of(self.checkpoint).build()[0], self.checkpoint)
+        return adapted(module, self.checkpoint.adapters, dtype)
+
+
+def verify(
+    checkpoint: Checkpoint,
+    weights: FusedWeights,
+    inputs: str | Path | Mapping[str, Tensor] | None = None,
+    *,
+    count: int = SAMPLES,
+    seed: int = 0,
+    exhaustive_limit: int = EXHAUSTIVE_LIMIT,
+) -> VerifiedModel:
+    """Prove that ``weights`` is the checkpoint's adapted model. Raises EquivalenceError with the certificate as evidence.
+
+    inputs: real samples (.npy or .npz file, or tensors by input name); None: ``count`` random ones of the base's input spec.
+    exhaustive_limit: layers with in * in * out above it are probed instead of read out entry by entry.
+    """
+    base, signature = base_of(checkpoint).build()
+    base = with_replaced(base, checkpoint)
+    layers = prove_weights(base, checkpoint, weights, seed, exhaustive_limit)
+    carried = _carried(base, checkpoint, weights)
+    graph = compare_graphs(
+        fused(with_replaced(base_of(checkpoint).build()[0], checkpoint), _zero_biases(weights)),
+        _fused_module(checkpoint, weights),
+        signature,
+        _inputs(inputs, signature, count, seed)[0],
+        weights.created,
+    )
+    given, source = _inputs(inputs, signature, count, seed)
+    reference, outputs, layer = prove_outputs(checkpoint, weights, signature, given)
+    certificate = Certificate(
+        weights_sha256=weights.sha256(),
+        checkpoint=checkpoint.describe(),
+        base={"spec": checkpoint.base, "weights": None if checkpoint.base_weights is None else str(checkpoint.base_weights)},
+        storage=weights.storage(),
+        layers=layers,
+        carried=carried,
+        outputs=outputs,
+        graph=graph,
+        survival=overall(layers),
+        seed=seed,
+        samples={"source": source, "count": reference.samples},
+        versions=versions(),
+    )
+    if certificate.verdict == "wrong":
+        raise refusal(certificate, layer)
+    return VerifiedModel(checkpoint, weights, signature, reference, certificate)
+
+
+def prove_weights(
+    base: nn.Module, checkpoint: Checkpoint, weights: FusedWeights, seed: int, limit: int
+) -> tuple[LayerEvidence, ...]:
+    """The weight proof of every adapter. Raises EquivalenceError for a touched tensor that is missing or mis-shaped."""
+    evidence = []
+    for adapter in checkpoint.adapters:
+        module = base.get_submodule(adapter.module)
+        expected, found = tuple(module.weight.shape), weights.tensors.get(f"{adapter.module}.weight")  # type: ignore[union-attr, arg-type]
+        if found is None or tuple(found.shape) != expected:
+            raise EquivalenceError(
+                f"{adapter.module}.weight: expected shape {expected}, found "
+                f"{'no such tensor' if found is None else tuple(found.shape)} in the fused weights",
+                layer=adapter.module,
+            )
+        evidence.append(prove_layer(module, adapter, weights.tensors, seed=seed, limit=limit))
+    return tuple(evidence)
+
+
+def prove_outputs(
+    checkpoint: Checkpoint, weights: FusedWeights, signature: Signature, given: Mapping[str, Tensor]
+) -> tuple[Reference, tuple[OutputEvidence, ...], str | None]:
+    """Reference, evidence at batch 1, 2 and all samples, and the first module that parts when the evidence fails."""
+    import torch
+
+    def unfused(dtype: torch.dtype) -> nn.Module:
+        return adapted(with_replaced(base_of(checkpoint).build()[0], checkpoint), checkpoint.adapters, dtype)
+
+    dtype = storage_dtype(weights)
+    exact = run(unfused(torch.float64), signature, given, torch.float64)
+    truth = dict(zip(signature.outputs, exact, strict=True))
+    noisy = run(unfused(dtype), signature, given, dtype)
+    reference = Reference(given, truth, measure_floors(truth, noisy), str(dtype).removeprefix("torch."))
+    model = _fused_module(checkpoint, weights).to(dtype)
+    outputs: list[OutputEvidence] = []
+    for batch in dict.fromkeys((*BATCHES, reference.samples)):
+        outputs += compare("fused", lambda x: run(model, signature, x, dtype, step=len(next(iter(x.values())))), reference, batch)
+    layer = None
+    if not all(o.passed for o in outputs):
+        models = (unfused(torch.float64), unfused(dtype), model)
+        layer = first_parting(models, (torch.float64, dtype, dtype), signature, given, list(by_module(checkpoint)))
+    return reference, tuple(outputs), layer
+
+
+def storage_dtype(weights: FusedWeights) -> torch.dtype:
+    """The float dtype that holds most of the values."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in weights.tensors.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=lambda d: sizes[d])
+
+
+def refusal(certificate: Certificate, layer: str | None) -> EquivalenceError:
+    """The error for a failed proof: the first layer that parts, and the numbers."""
+    wrong = [e for e in certificate.layers if not e.passed]
+    parts = []
+    if wrong:
+        first = wrong[0]
+        layer = first.module
+        at = first.worst or {}
+        parts.append(
+            f"{len(wrong)} of {len(certificate.layers)} layers differ from the trained adapter, first {first.module} ({first.kind}): "
+            f"{at.get('tensor')}{at.get('index')} is {at.get('found')!r}, the exact value is {at.get('expected')!r}, "
+            f"{first.bound_ratio:.3g} times the rounding bound"
+        )
+    if not certificate.carried.passed:
+        parts.append(f"tensors that no adapter touches differ: {'; '.join(certificate.carried.different[:3])}")
+    bad = next((o for o in certificate.outputs if not o.passed), None)
+    if bad is not None:
+        where = f", first parting at {layer}" if layer else ""
+        parts.append(f"output {bad.output} at batch {bad.batch} is off by {bad.error:.3g}, bound {bad.bound:.3g}{where}")
+    if not certificate.graph.passed:
+        parts.append(f"the graph differs from the base's: {certificate.graph.differences[0]}")
+    return EquivalenceError("the fused model is not the trained model: " + "; ".join(parts), layer=layer, evidence=certificate)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the proof ran on."""
+    import importlib.metadata
+
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("reparam-export", "torch", "timm", "transformers", "onnx", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _inputs(
+    inputs: str | Path | Mapping[str, Tensor] | None, signature: Signature, count: int, seed: int
+) -> tuple[dict[str, Tensor], str]:
+    if inputs is None:
+        return samples(signature, count, seed), "random"
+    if isinstance(inputs, Mapping):
+        return dict(inputs), "given"
+    return read_inputs(Path(inputs), signature), str(inputs)
+
+
+def _fused_module(checkpoint: Checkpoint, weights: FusedWeights) -> nn.Module:
+    return fused(base_of(checkpoint).build()[0], weights.tensors)
+
+
+def _zero_biases(weights: FusedWeights) -> dict[str, Tensor]:
+    import torch
+
+    return {name: torch.zeros_like(weights[name]) for name in weights.created}
+
+
+def _carried(base: nn.Module, checkpoint: Checkpoint, weights: FusedWeights) -> CarriedEvidence:
+    state, _ = own_state(base)
+    touched = {f"{a.module}.{part}" for a in checkpoint.adapters for part in ("weight", "bias")}
+    evidence = prove_carried(state, weights.tensors, touched, checkpoint.replaced)
+    outside: list[str] = []
+    for name, adapters in by_module(checkpoint).items():
+        outside += uncovered(base.get_submodule(name), adapters, weights.tensors)
+    return CarriedEvidence(evidence.compared, evidence.equal, evidence.replaced, (*evidence.different, *outside))
+
+
+__all__ = ["Adapter", "Certificate", "VerifiedModel", "kind", "refusal", "verify"]

@@ -1,0 +1,176 @@
+"""The output proof: a model's outputs against the unfused adapted model in float64, in units of the noise floor.
+
+    reference  the unfused model in float64, with nothing inside it cast to float32
+    floor      how far that same unfused model is from the reference when it runs in the storage precision
+    bound      MULTIPLE x max(floor, u max|reference|), u the unit roundoff of that precision
+
+Two runs of one network that differ in the order of their roundings are each about one floor away from the truth; three bits more
+than that is no longer rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reparam_export.models import Signature, outputs_of_call, pure_float64
+from reparam_export.verification.certificate import OutputEvidence
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+MULTIPLE = 8.0
+Run = Callable[[Mapping[str, "Tensor"]], Sequence["Tensor"]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Inputs, and what the unfused adapted model answers in float64. ``floors``: its own error in storage precision, per output."""
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]  # float64
+    floors: Mapping[str, float]
+    dtype: str  # the storage precision that the floors belong to
+
+    @property
+    def samples(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def bound(self, output: str, floor: float, roundoff: float) -> float:
+        """The largest error that rounding explains."""
+        return MULTIPLE * max(floor, roundoff * _largest(self.outputs[output]))
+
+
+def run(model: nn.Module, signature: Signature, inputs: Mapping[str, Tensor], dtype: torch.dtype, step: int = 8) -> tuple[Tensor, ...]:
+    """The model's outputs, ``step`` samples at a time; float inputs are cast to dtype."""
+    import torch
+
+    parts = []
+    count = len(next(iter(inputs.values())))
+    with torch.inference_mode(), pure_float64():
+        for start in range(0, count, step):
+            batch = (inputs[i.name][start : start + step] for i in signature.inputs)
+            tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in batch)
+            parts.append(outputs_of_call(model, signature, tensors))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def measure_floors(reference: Mapping[str, Tensor], unfused: Sequence[Tensor]) -> dict[str, float]:
+    """The unfused model's error in storage precision, per output."""
+    return {name: distance(found, reference[name]) for name, found in zip(reference, unfused, strict=True)}
+
+
+def compare(
+    model: str,
+    run_batch: Run,
+    reference: Reference,
+    batch: int,
+    *,
+    floors: Mapping[str, float] | None = None,
+    dtype: str | None = None,
+) -> tuple[OutputEvidence, ...]:
+    """Run a model at one batch size on all samples (repeated to fill a batch) and compare every output."""
+    import torch
+
+    count = reference.samples
+    rounds = max(1, math.ceil(count / batch)) if batch <= count else 1
+    index = torch.arange(rounds * batch) % count
+    columns: list[list[Tensor]] = []
+    for start in range(0, rounds * batch, batch):
+        chosen = index[start : start + batch]
+        columns.append(list(run_batch({name: tensor[chosen] for name, tensor in reference.inputs.items()})))
+    outputs = [torch.cat(list(parts)) for parts in zip(*columns, strict=True)]
+    floors = reference.floors if floors is None else floors
+    return tuple(
+        _evidence(model, name, found, reference, index, batch, floors[name], dtype or reference.dtype)
+        for name, found in zip(reference.outputs, outputs, strict=True)
+    )
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """max |found - expected|; infinite for a NaN, an infinity or another shape."""
+    if found.shape != expected.shape or not bool(found.isfinite().all()):
+        return math.inf
+    return float((found.double() - expected).abs().max()) if found.numel() else 0.0
+
+
+def roundoff(dtype: str) -> float:
+    """u of a precision by its torch name."""
+    import torch
+
+    return torch.finfo(getattr(torch, dtype)).eps / 2
+
+
+def _evidence(
+    model: str, name: str, found: Tensor, reference: Reference, index: Tensor, batch: int, floor: float, dtype: str
+) -> OutputEvidence:
+    expected = reference.outputs[name][index]
+    error = distance(found, expected)
+    bound = reference.bound(name, floor, roundoff(dtype))
+    agree = None
+    if expected.ndim >= 2 and expected.shape[-1] > 1 and found.shape == expected.shape:
+        agree = float((found.argmax(-1) == expected.argmax(-1)).double().mean())
+    return OutputEvidence(
+        model=model,
+        output=name,
+        batch=batch,
+        samples=reference.samples,
+        dtype=dtype,
+        magnitude=_largest(expected),
+        error=error,
+        floor=floor,
+        bound=bound,
+        agree=agree,
+        passed=math.isfinite(floor) and error <= bound,
+    )
+
+
+def first_parting(
+    models: tuple[nn.Module, nn.Module, nn.Module],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    signature: Signature,
+    inputs: Mapping[str, Tensor],
+    modules: Sequence[str],
+) -> str | None:
+    """The first of ``modules``, in the order they run, where the fused model leaves the reference by more than the bound.
+
+    models: the unfused one in float64, the unfused one in storage precision, the fused one; dtypes: what each runs in.
+    """
+    import torch
+
+    few = {name: tensor[:2] for name, tensor in inputs.items()}
+    traces = [_trace(m, signature, few, d, modules) for m, d in zip(models, dtypes, strict=True)]
+    for name, expected in traces[0].items():
+        floor = distance(traces[1][name], expected)
+        bound = MULTIPLE * max(floor, torch.finfo(dtypes[1]).eps / 2 * _largest(expected))
+        if not distance(traces[2][name], expected) <= bound:
+            return name
+    return None
+
+
+def _trace(
+    model: nn.Module, signature: Signature, inputs: Mapping[str, Tensor], dtype: torch.dtype, modules: Sequence[str]
+) -> dict[str, Tensor]:
+    """The output of each named module in one run, in the order they ran."""
+    outputs: dict[str, Tensor] = {}
+    handles = []
+    for name in modules:
+
+        def keep(_: nn.Module, __: object, output: object, name: str = name) -> None:
+            if hasattr(output, "double"):
+                outputs.setdefault(name, output.detach().double())
+
+        handles.append(model.get_submodule(name).register_forward_hook(keep))
+    try:
+        run(model, signature, inputs, dtype)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
