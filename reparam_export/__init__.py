@@ -1,12 +1,12 @@
 """Fold adapters into base weights, prove it, export it.
 
-    import reparam_export as rx
+import reparam_export as rx
 
-    checkpoint = rx.read("ckpt.pt")
-    weights = rx.fuse(checkpoint)
-    model = rx.verify(checkpoint, weights)
-    artifact = rx.export(model, "onnx", "out")
-    report = rx.write_report("out")
+checkpoint = rx.read("ckpt.pt")
+weights = rx.fuse(checkpoint)
+model = rx.verify(checkpoint, weights)
+artifact = rx.export(model, "onnx", "out")
+report = rx.write_report("out")
 """
 
 from __future__ import annotations

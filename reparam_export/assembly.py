@@ -1,7 +1,7 @@
 """A checkpoint or its fused weights put into a live base module; the only place, with ``training/``, that touches one.
 
-    adapted()   the unfused model: every touched module runs its kind's ``apply`` on the activations
-    fused()     the plain model with the fused tensors in it
+adapted()   the unfused model: every touched module runs its kind's ``apply`` on the activations
+fused()     the plain model with the fused tensors in it
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def adapted(module: nn.Module, adapters: Sequence[Adapter], dtype: torch.dtype) 
         parent_name, _, attribute = name.rpartition(".")
         parent = module.get_submodule(parent_name)
         setattr(parent, attribute, adapted_module(name, getattr(parent, attribute), of_module, dtype))
-    return module
+    return module.eval()
 
 
 def adapted_module(name: str, module: nn.Module, adapters: Sequence[Adapter], dtype: torch.dtype) -> nn.Module:

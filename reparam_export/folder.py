@@ -70,7 +70,9 @@ class Recipe:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON under a temporary name, then rename. NaN and infinity become strings, which JSON can hold."""
-    replace_file(path, lambda temporary: temporary.write_text(json.dumps(_plain(content), indent=1) + "\n", encoding="utf-8"))
+    replace_file(
+        path, lambda temporary: temporary.write_text(json.dumps(plain_json(content), indent=1) + "\n", encoding="utf-8")
+    )
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -149,7 +151,13 @@ def save_proof(folder: Path, certificate: Certificate, model: VerifiedModel | No
                 np.savez(stream, **arrays)  # type: ignore[arg-type]
 
         replace_file(folder / REFERENCE, write)
-        extra = {"reference": {"sha256": sha256(folder / REFERENCE), "floors": dict(model.reference.floors), "dtype": model.reference.dtype}}
+        extra = {
+            "reference": {
+                "sha256": sha256(folder / REFERENCE),
+                "floors": dict(model.reference.floors),
+                "dtype": model.reference.dtype,
+            }
+        }
     write_json(folder / PROOF, certificate.to_json() | extra)
 
 
@@ -178,7 +186,9 @@ def load_proof(folder: Path) -> VerifiedModel:
         )
     saved = content.get("reference") or {}
     if not (folder / REFERENCE).is_file() or sha256(folder / REFERENCE) != saved.get("sha256"):
-        raise CheckpointError(f"{folder / REFERENCE}: missing or changed since the proof; run `reparam-export verify {folder}` again")
+        raise CheckpointError(
+            f"{folder / REFERENCE}: missing or changed since the proof; run `reparam-export verify {folder}` again"
+        )
     with np.load(folder / REFERENCE) as arrays:
         tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     reference = Reference(
@@ -213,20 +223,25 @@ def prepare(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> s
     if overwrite:
         return set()
     if not resume:
-        raise UsageError(f"{folder}: exists and is not empty; pass --resume to continue it, --overwrite to start anew, or another -o")
+        raise UsageError(
+            f"{folder}: exists and is not empty; pass --resume to continue it, --overwrite to start anew, or another -o"
+        )
     if not ours:
         return set()
     content = read_json(folder / FUSED)
     if recipe_of(content) != recipe or content.get("digests") != recipe.digests():
-        raise UsageError(f"{folder}: was made from another checkpoint, base or settings; pass --overwrite or another -o")
+        raise UsageError(
+            f"{folder}: was made from another checkpoint, base or settings; pass --overwrite or another -o"
+        )
     return {"fused"} | ({"proof"} if (folder / PROOF).is_file() else set())
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
+    """JSON types only; infinity and NaN as strings, tuples as lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain_json(v) for v in value]
     return value

@@ -1,9 +1,9 @@
 """How a torch module stores its matrix, and what rows it multiplies: the bridge between ``nn.Module`` and ``Affine``.
 
-    linear       nn.Linear (and subclasses)   weight (out, in)
-    transposed   transformers' Conv1D         weight (in, out)
-    embedding    nn.Embedding                 weight (in, out); input rows are one-hot
-    conv         nn.Conv1d/2d/3d, groups 1    weight (out, in, *kernel); input rows are patches
+linear       nn.Linear (and subclasses)   weight (out, in)
+transposed   transformers' Conv1D         weight (in, out)
+embedding    nn.Embedding                 weight (in, out); input rows are one-hot
+conv         nn.Conv1d/2d/3d, groups 1    weight (out, in, *kernel); input rows are patches
 """
 
 from __future__ import annotations

@@ -162,8 +162,13 @@ def float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def with_observed_outputs(model: nn.Module, signature: Signature, what: str) -> Signature:
-    """The signature with the output names of one real call on one sample. Raises CheckpointError if the call fails."""
+    """The signature with the output names of one real call on one sample, in eval mode.
+
+    Raises CheckpointError if the call fails.
+    """
     import torch
+
+    model.eval()  # in training mode the call would change the statistics of batch norms
 
     if len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1:
         model = copy.deepcopy(model).to(torch.float32)  # many models cannot be called in several dtypes at once
@@ -246,8 +251,10 @@ def read_inputs(path: Path, signature: Signature) -> dict[str, Tensor]:
 
     expected = {i.name: i for i in signature.inputs}
     try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = {k: loaded[k] for k in loaded.files} if hasattr(loaded, "files") else {next(iter(expected)): loaded}
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            several = hasattr(loaded, "files")
+            arrays = {k: loaded[k] for k in loaded.files} if several else {next(iter(expected)): loaded}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"inputs {path}: expected a .npy or .npz file of arrays; found {first_line(error)}") from error
     if set(expected) - set(arrays) == {"attention_mask"} and "input_ids" in arrays:

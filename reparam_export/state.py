@@ -73,7 +73,7 @@ def _npz(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise _unreadable(path, "a whole .npz file of plain arrays", error) from error
@@ -91,7 +91,8 @@ def _torch_script(path: Path) -> dict[str, Tensor]:
 
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r".*torch\.jit.*", category=DeprecationWarning)
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.filterwarnings("ignore", message=r".*torch\.jit.*", category=category)
             archive: Any = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
             state: dict[str, Tensor] = dict(archive.state_dict())
     except (RuntimeError, OSError, ValueError) as error:
@@ -105,7 +106,9 @@ def _torch(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is None:

@@ -13,6 +13,7 @@ Needs ``pip install reparam-export[open_clip]``.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -76,22 +77,52 @@ def _import() -> Any:
 
 
 def _openai(state: Mapping[str, Tensor], base: Base) -> Any:
-    """The model whose sizes are those of the tensors, with unset weights. open_clip reads them off the state dict."""
+    """The model whose sizes are those of the tensors, with unset weights."""
     import torch
-    from open_clip.model import build_model_from_openai_state_dict
+    from open_clip.model import CLIP
 
     # LayerNorm runs in float32 when the weights around it are float16, as in OpenAI's own code.
     half = any(t.dtype in (torch.float16, torch.bfloat16) for t in state.values())
     try:
-        return build_model_from_openai_state_dict(
-            dict(state), quick_gelu=True, cast_dtype=torch.float16 if half else torch.float32
-        )
+        width, vision, text = _geometry(state)
+        return CLIP(width, vision, text, quick_gelu=True, cast_dtype=torch.float16 if half else torch.float32)
     except (KeyError, IndexError, AttributeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"base {base.spec!r}: expected the tensors of an OpenAI CLIP file (visual.conv1.weight, text_projection, "
             f"...) in {base.weights or 'the checkpoint'}; found others: {first_line(error)}; "
             "for another layout give open_clip:NAME"
         ) from error
+
+
+def _geometry(state: Mapping[str, Tensor]) -> tuple[int, Any, Any]:
+    """The joint width and the configs of both towers, read off the shapes as OpenAI's own loader does.
+
+    open_clip's ``build_model_from_openai_state_dict`` reads the same, but casts to float16 and reports no names.
+    """
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    def parts(prefix: str, position: int) -> int:
+        return len({name.split(".")[position] for name in state if name.startswith(prefix)})
+
+    if "visual.proj" in state:
+        wide, _, patch, _ = state["visual.conv1.weight"].shape
+        grid = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5)
+        layers: Any = parts("visual.transformer.resblocks.", 3)
+        vision = CLIPVisionCfg(layers=layers, width=wide, patch_size=patch, image_size=patch * grid)
+    else:
+        wide = state["visual.layer1.0.conv1.weight"].shape[0]
+        grid = round((state["visual.attnpool.positional_embedding"].shape[0] - 1) ** 0.5)
+        layers = tuple(parts(f"visual.layer{stage}.", 2) for stage in (1, 2, 3, 4))
+        vision = CLIPVisionCfg(layers=layers, width=wide, patch_size=None, image_size=grid * 32)
+    length, text_width = state["positional_embedding"].shape
+    text = CLIPTextCfg(
+        context_length=length,
+        vocab_size=state["token_embedding.weight"].shape[0],
+        width=text_width,
+        heads=text_width // 64,
+        layers=parts("transformer.resblocks.", 2),
+    )
+    return state["text_projection"].shape[1], vision, text
 
 
 def _named(name: str, keywords: Mapping[str, Any], *, openai: bool, base: Base) -> Any:
@@ -105,6 +136,7 @@ def _named(name: str, keywords: Mapping[str, Any], *, openai: bool, base: Base) 
             f"{'; did you mean ' + close if close else '; see open_clip.list_models()'}"
         )
     quick = {"force_quick_gelu": True} if openai else {}
+    logging.disable(logging.WARNING)  # it warns that the model is random, which it is for a moment
     try:
         return open_clip.create_model(name, pretrained=None, load_weights=False, **{**quick, **keywords})
     except Exception as error:  # whatever the constructors raise about their keywords
@@ -112,6 +144,8 @@ def _named(name: str, keywords: Mapping[str, Any], *, openai: bool, base: Base) 
             f"base {base.spec!r}: open_clip.create_model refuses {dict(keywords)}: {first_line(error)}; "
             "correct the keywords after the '?'"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _cast_image(module: nn.Module, images: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -146,30 +146,23 @@ def _assign_jax(model: Any, state: Mapping[str, Tensor], prefix: str, weights: P
     is where the arrays go. Every parameter must be covered, and every array used but for a head that the checkpoint
     replaces, and the ``pre_logits`` that belong to such a head.
     """
+    import timm
     import torch
 
-    landed = {prefix + n for n in _resized(model, state, prefix)}
-    if landed:
-        name = min(landed)
+    if not isinstance(model, timm.models.VisionTransformer) or model.patch_embed is None:
+        raise CheckpointError(
+            f"base {base.spec!r}: {weights} holds the JAX weights of a vision transformer; expected timm's "
+            f"VisionTransformer; found {type(model).__name__}; choose the model that the file was saved from"
+        )
+    for name in _resized(model, state, prefix):
         raise _jax_mismatch(base, name, "an array of the model's own size", tuple(state[name].shape))
-    used: set[str] = set()
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        numbered = Path(folder) / "numbered.npz"
-        _write_numbered(numbered, state)
-        names = list(state)
-        for tensor in model.parameters():
-            tensor.fill_(-1)
-        _load_pretrained(model, numbered, base)
-        for name, tensor in model.named_parameters():
-            values = tensor.unique().tolist()
-            used |= {names[round(v)] for v in values if v >= 0}
-            if -1 in values and name not in base.replaced:
-                raise _jax_mismatch(base, name, tuple(tensor.shape), None)
-        replaced_head = any(tuple(t.shape) == base.replaced.get(n) for n, t in model.head.named_parameters("head"))
-        unused = [n for n in names if n not in used]
-        spare = tuple(prefix + n for n in ("head/", "pre_logits/")) if replaced_head or model.num_classes == 0 else ()
+    with torch.no_grad():
+        used = _landed(model, state, base)
+        heads = {f"head.{n}": tuple(p.shape) for n, p in model.head.named_parameters()}
+        spare = all(base.replaced.get(n) == shape for n, shape in heads.items())
+        unused = [n for n in state if n not in used]
         for name in unused:
-            if not (spare and name.startswith(spare)):
+            if not (spare and name.startswith((f"{prefix}head/", f"{prefix}pre_logits/"))):
                 raise _jax_mismatch(base, name, None, tuple(state[name].shape))
         for tensor in model.parameters():
             tensor.zero_()
@@ -178,17 +171,37 @@ def _assign_jax(model: Any, state: Mapping[str, Tensor], prefix: str, weights: P
         log.info("%s: not used, because the checkpoint brings its own head: %s", weights, ", ".join(unused))
 
 
+def _landed(model: Any, state: Mapping[str, Tensor], base: Base) -> set[str]:
+    """The arrays that the model's loader uses. Raises TensorMismatchError for a parameter that it leaves alone."""
+    import torch
+
+    names, used = list(state), set[str]()
+    for tensor in model.parameters():
+        tensor.fill_(-1)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_numbered(Path(folder) / "numbered.npz", state)
+        _load_pretrained(model, Path(folder) / "numbered.npz", base)
+    for name, tensor in model.named_parameters():
+        values = torch.bincount(tensor.flatten().long() + 1).nonzero().flatten().tolist()  # 0 is what was left alone
+        used |= {names[v - 1] for v in values if v > 0}
+        if 0 in values and name not in base.replaced:
+            raise _jax_mismatch(base, name, tuple(tensor.shape), None)
+    return used
+
+
 def _load_pretrained(model: Any, path: Path, base: Base) -> None:
     try:
         model.load_pretrained(str(path))
     except KeyError as error:
         array = str(error.args[0]).removesuffix(" is not a file in the archive")
-        raise _jax_mismatch(base, array, "an array in the file", None) from error
+        raise _jax_mismatch(base, array, "an array in the file", None) from error.with_traceback(
+            None
+        )  # closes the file
     except (AttributeError, RuntimeError, ValueError, AssertionError) as error:
         raise CheckpointError(
             f"base {base.spec!r}: expected the JAX weights of this model; found ones that it refuses: "
             f"{first_line(error)}; choose the model that the file was saved from"
-        ) from error
+        ) from error.with_traceback(None)
 
 
 def _write_numbered(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -203,12 +216,10 @@ def _write_numbered(path: Path, state: Mapping[str, Tensor]) -> None:
 def _resized(model: Any, state: Mapping[str, Tensor], prefix: str) -> list[str]:
     """The arrays that timm would resample to the model's image or patch size: another function than the file's."""
     height, width, channels, wide = state[f"{prefix}embedding/kernel"].shape
-    found = (
-        [] if tuple(model.patch_embed.proj.weight.shape) == (wide, channels, height, width) else ["embedding/kernel"]
-    )
-    for name in ("Transformer/posembed_input/pos_embedding", "pos_embedding"):
-        position = state.get(prefix + name)
-        if position is not None and position.numel() != model.pos_embed.numel():
+    patches = (wide, channels, height, width)
+    found = [] if tuple(model.patch_embed.proj.weight.shape) == patches else [f"{prefix}embedding/kernel"]
+    for name in (f"{prefix}Transformer/posembed_input/pos_embedding", f"{prefix}pos_embedding"):
+        if name in state and state[name].numel() != model.pos_embed.numel():
             found.append(name)
     return found
 

@@ -281,7 +281,9 @@ def _check(path: Path, parts: Parts) -> None:
 def _check_finite(path: Path, parts: Parts) -> None:
     bad = non_finite(parts)
     if bad:
-        raise CheckpointError(f"{path}: {len(bad)} tensor(s) hold NaN or infinity, first {bad[0]}; this training run diverged")
+        raise CheckpointError(
+            f"{path}: {len(bad)} tensor(s) hold NaN or infinity, first {bad[0]}; this training run diverged"
+        )
 
 
 def non_finite(parts: Parts | Checkpoint) -> list[str]:
@@ -291,7 +293,11 @@ def non_finite(parts: Parts | Checkpoint) -> list[str]:
 
 def zeros(parts: Parts | Checkpoint) -> list[str]:
     """Names of adapter tensors that are zero throughout."""
-    return [name for name, t in _named(parts) if name not in parts.replaced and 0 not in t.shape and not bool((t != 0).any())]
+    return [
+        name
+        for name, t in _named(parts)
+        if name not in parts.replaced and 0 not in t.shape and not bool((t != 0).any())
+    ]
 
 
 def _named(parts: Parts | Checkpoint) -> list[tuple[str, Tensor]]:

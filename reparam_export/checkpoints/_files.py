@@ -26,7 +26,9 @@ def load_safetensors(path: Path, *, numpy: bool) -> tuple[dict[str, Any], dict[s
         with safe_open(path, framework="numpy" if numpy else "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); the file is truncated or damaged") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as safetensors ({error}); the file is truncated or damaged"
+        ) from error
 
 
 def load_pickle(path: Path) -> Any:
@@ -48,7 +50,9 @@ def load_pickle(path: Path) -> Any:
         ) from error
     except Exception as error:  # torch raises anything from KeyError to RuntimeError on a damaged file
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: cannot be read as a torch file ({first}); the file is truncated or damaged") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as a torch file ({first}); the file is truncated or damaged"
+        ) from error
 
 
 def sha256(path: Path) -> str:
@@ -88,7 +92,9 @@ def flat_tensors(path: Path, content: Any) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected tensors by name, found {type(content).__name__}")
     others = [name for name, value in content.items() if not is_tensor(value)]
     if others:
-        raise CheckpointError(f"{path}: entry {others[0]!r} is a {type(content[others[0]]).__name__}, expected a tensor")
+        raise CheckpointError(
+            f"{path}: entry {others[0]!r} is a {type(content[others[0]]).__name__}, expected a tensor"
+        )
     return {name: _plain(value) for name, value in content.items()}
 
 

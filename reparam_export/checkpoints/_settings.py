@@ -126,7 +126,9 @@ def read_settings(
         elif isinstance(content, dict):
             settings.values |= {str(k): v for k, v in content.items()}
         else:
-            raise CheckpointError(f"{path}: expected a mapping of settings or a list of paths, found {type(content).__name__}")
+            raise CheckpointError(
+                f"{path}: expected a mapping of settings or a list of paths, found {type(content).__name__}"
+            )
     if candidate and not any("candidate" in note for note in settings.notes):
         raise UsageError("--candidate needs an evolution checkpoint (checkpoint-N.pth.tar) among the --config files")
     settings.values |= dict(values or {})
@@ -148,12 +150,12 @@ def _load(path: Path) -> Any:
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be read as {'JSON' if path.suffix == '.json' else 'YAML'}: {first}") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as {'JSON' if path.suffix == '.json' else 'YAML'}: {first}"
+        ) from error
 
 
-def _candidate(
-    path: Path, content: dict[str, Any], index: int, notes: list[str]
-) -> list[Choice] | dict[str, Choice]:
+def _candidate(path: Path, content: dict[str, Any], index: int, notes: list[str]) -> list[Choice] | dict[str, Choice]:
     """The index-th best evaluated candidate of a GLoRA evolution checkpoint (ViT-Slim, EvolutionSearcher.save_checkpoint)."""
     try:
         best = max((list(v) for k, v in content["keep_top_k"].items() if k == 50), default=[], key=len)

@@ -38,7 +38,9 @@ def supports(source: Source, claim: Claim, *, mark: str, prefix: str) -> tuple[A
     adapters = []
     for layer, path in zip(layers, paths, strict=True):
         tensors = [claim.take(f"{prefix}{layer}{mark}{name}") for name in TENSORS]
-        adapters.append(Adapter(layer, "glora", glora.Params(_path(source, layer, path, tensors[0].shape[1]), *tensors)))
+        adapters.append(
+            Adapter(layer, "glora", glora.Params(_path(source, layer, path, tensors[0].shape[1]), *tensors))
+        )
     return tuple(adapters)
 
 

@@ -23,7 +23,9 @@ def accepts(source: Source) -> bool:
 
 def read(source: Source) -> Parts:
     claim = source.claim()
-    scale = source.settings.number("scale", found_in="configs/<method>/<dataset>.yaml of the run, unless --scale overrode it")
+    scale = source.settings.number(
+        "scale", found_in="configs/<method>/<dataset>.yaml of the run, unless --scale overrode it"
+    )
     sites = dict.fromkeys((m["parent"], m["layer"]) for name in source.tensors if (m := BRANCH.fullmatch(name)))
     adapters = []
     for parent, layer in sites:
@@ -40,6 +42,7 @@ def pair(claim: Claim, prefix: str) -> Bottleneck | None:
     if not any(name.startswith(f"{prefix}.") for name in claim.names()):
         return None
     down, up = (
-        Affine(claim.take(f"{prefix}.{part}.weight"), claim.take_if(f"{prefix}.{part}.bias")) for part in ("down_proj", "up_proj")
+        Affine(claim.take(f"{prefix}.{part}.weight"), claim.take_if(f"{prefix}.{part}.bias"))
+        for part in ("down_proj", "up_proj")
     )
     return Bottleneck(down, up)

@@ -35,7 +35,9 @@ def read(source: Source) -> Parts:
     content, path = source.content, source.path
     unknown = set(content) - {"format", "base", "base_state", "adapters", "replaced", "notes"}
     if unknown:
-        raise CheckpointError(f"{path}: unknown entry {sorted(unknown)[0]!r} in a {NATIVE} file; it was written by a newer version")
+        raise CheckpointError(
+            f"{path}: unknown entry {sorted(unknown)[0]!r} in a {NATIVE} file; it was written by a newer version"
+        )
     base = content.get("base")
     if base is not None and not (isinstance(base, str) and base.startswith(BASES)):
         raise CheckpointError(f"{path}: base {base!r} is not one of {', '.join(BASES)}; pass the base with --base")

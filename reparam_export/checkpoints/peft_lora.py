@@ -60,7 +60,9 @@ def check_config(source: Source) -> None:
     for name, value in config.items():
         if name in READ or name in HARMLESS or name == "init_lora_weights" or value in (None, False, {}, [], "none"):
             continue
-        raise FusionError(f"{source.path}: adapter_config.json sets {name}={value!r}, which cannot be folded as plain LoRA")
+        raise FusionError(
+            f"{source.path}: adapter_config.json sets {name}={value!r}, which cannot be folded as plain LoRA"
+        )
 
 
 def _adapter(source: Source, claim: Claim, full: str) -> Adapter:
@@ -121,9 +123,13 @@ def _tokens(source: Source, claim: Claim) -> list[Adapter]:
     found = []
     for name, vectors in claim.take_all(lambda n: n.endswith(end)).items():
         module = name.removeprefix(PREFIX).removesuffix(end)
-        chosen = indices if isinstance(indices, list) else next((v for k, v in indices.items() if _ends(module, k)), None)
+        chosen = (
+            indices if isinstance(indices, list) else next((v for k, v in indices.items() if _ends(module, k)), None)
+        )
         if chosen is None:
-            raise CheckpointError(f"{source.path}: {module} has trained tokens, but trainable_token_indices does not list it")
+            raise CheckpointError(
+                f"{source.path}: {module} has trained tokens, but trainable_token_indices does not list it"
+            )
         found.append(Adapter(module, "tokens", tokens.Params(tuple(chosen), vectors)))
     return found
 

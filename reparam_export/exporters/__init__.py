@@ -176,7 +176,9 @@ def lower(source: Path, path: Path, reference: Reference, options: Options) -> t
     return precision.lower(source, path, options.precision, samples=[sample], external=options.external)  # type: ignore[arg-type]
 
 
-def lowered_floors(model: VerifiedModel, scratch: Path, options: Options, floors: Mapping[str, float]) -> dict[str, float]:
+def lowered_floors(
+    model: VerifiedModel, scratch: Path, options: Options, floors: Mapping[str, float]
+) -> dict[str, float]:
     """The unfused model on the same road: exported, lowered, run. Its error is the floor of this precision."""
     import torch
 
@@ -184,7 +186,9 @@ def lowered_floors(model: VerifiedModel, scratch: Path, options: Options, floors
     (place / "lowered").mkdir(parents=True)
     write_fp32(model.unfused(torch.float32), model, place / "model.onnx", options)
     lower(place / "model.onnx", place / "lowered" / "model.onnx", model.reference, options)
-    found = run_onnx(place / "lowered" / "model.onnx", model, floors, options.precision, {min(8, model.reference.samples): None})
+    found = run_onnx(
+        place / "lowered" / "model.onnx", model, floors, options.precision, {min(8, model.reference.samples): None}
+    )
     return {o.output: max(o.error, floors[o.output]) for o in found}
 
 
@@ -219,7 +223,9 @@ def to_engine(model: VerifiedModel, folder: Path, options: Options, source: Arti
     path = folder / "model.engine"
     axes = {a: int(n) for i in model.signature.inputs for a, n in (i.default or {}).items()}
     gpus = {"gpus": options.gpus} if options.gpus else {}
-    details = tensorrt.write(folder / source.path, path, batch=options.batch, axes=axes, log=folder / "engine.log", **gpus)
+    details = tensorrt.write(
+        folder / source.path, path, batch=options.batch, axes=axes, log=folder / "engine.log", **gpus
+    )
     evidence: tuple[OutputEvidence, ...] = ()
     ran = torch.cuda.is_available() and not details.get("ahead_of_time", False)
     if ran:
@@ -228,8 +234,14 @@ def to_engine(model: VerifiedModel, folder: Path, options: Options, source: Arti
     found = audit(path, **audited(model, options.precision))
     if found.adapter_tensors_found:
         path.unlink()
-        raise EquivalenceError(f"{path.name}: holds adapter tensors ({', '.join(found.adapter_tensors_found[:3])}); it was not fused")
-    note = "run on this GPU against the reference, and audited" if ran else "audited only: there is no GPU here to run it on"
+        raise EquivalenceError(
+            f"{path.name}: holds adapter tensors ({', '.join(found.adapter_tensors_found[:3])}); it was not fused"
+        )
+    note = (
+        "run on this GPU against the reference, and audited"
+        if ran
+        else "audited only: there is no GPU here to run it on"
+    )
     return Artifact(
         target="trt",
         path=path.name,
@@ -323,7 +335,9 @@ def _refuse(name: str, evidence: Sequence[OutputEvidence], differences: Sequence
             evidence=[asdict(o) for o in evidence],
         )
     if differences:
-        raise EquivalenceError(f"{name}: the exported graph differs from the base's: {differences[0]}; the file was not kept")
+        raise EquivalenceError(
+            f"{name}: the exported graph differs from the base's: {differences[0]}; the file was not kept"
+        )
 
 
 def _numpy(tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -26,8 +26,8 @@ def differences(a: Path, b: Path) -> list[str]:
         found.append(f"nodes: {len(left)} against {len(right)}")
     for x, y in zip(left.inputs, right.inputs, strict=False):
         found += pairs.match(x, y, f"input {x.name!r}")
-    for number, (one, two) in enumerate(zip(left, right, strict=False)):
-        found += _nodes(one, two, pairs, f"node {number}")
+    for number, (first, second) in enumerate(zip(left, right, strict=False)):
+        found += _nodes(first, second, pairs, f"node {number}")
     for x, y in zip(left.outputs, right.outputs, strict=False):
         found += pairs.match(x, y, f"output {x.name!r}")
     return found
@@ -68,10 +68,10 @@ def _nodes(one: ir.Node, two: ir.Node, pairs: _Pairs, where: str) -> list[str]:
 
 
 def _attributes(node: ir.Node) -> list[tuple[str, str]]:
-    return [(name, str(ir_value(a))) for name, a in node.attributes.items()]
+    return [(name, str(_value(a))) for name, a in node.attributes.items()]
 
 
-def ir_value(attribute: ir.Attr) -> object:
+def _value(attribute: ir.Attr) -> object:
     """An attribute as something that compares by value; a tensor by its type, shape and bytes."""
     value = attribute.value
     tobytes = getattr(value, "tobytes", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -31,10 +30,10 @@ def placed(path: Path, also: Sequence[str] = ()) -> Iterator[Path]:
             raise ExportError(f"{path.name} was not written")
         for name in also:
             if (folder / name).exists():
-                os.replace(folder / name, path.parent / name)
+                (folder / name).replace(path.parent / name)
             else:
                 (path.parent / name).unlink(missing_ok=True)
-        os.replace(folder / path.name, path)
+        (folder / path.name).replace(path)
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error}; nothing was left behind") from error
     finally:

@@ -1,10 +1,10 @@
 """Which nodes of a graph must stay fp32 when the rest is lowered, and why.
 
-    wide weights      cannot be held by the format: the weight and whatever reads it
-    wide activations  measured, or carried on from a wide constant (the -3.4e38 of an attention mask)
-    norms, softmax    as one operator or decomposed
-    positions         angles of rotary embeddings: bf16 counts to 256, fp16 to 2048
-    no such operator  the operator set of the file does not define the operator for the format
+wide weights      cannot be held by the format: the weight and whatever reads it
+wide activations  measured, or carried on from a wide constant (the -3.4e38 of an attention mask)
+norms, softmax    as one operator or decomposed
+positions         angles of rotary embeddings: bf16 counts to 256, fp16 to 2048
+no such operator  the operator set of the file does not define the operator for the format
 """
 
 from __future__ import annotations
@@ -14,19 +14,80 @@ from collections.abc import Iterator, Mapping
 import onnx_ir as ir
 
 FP32_OPERATORS = frozenset(
-    "LayerNormalization RMSNormalization SimplifiedLayerNormalization SkipLayerNormalization GroupNormalization "
-    "InstanceNormalization BatchNormalization LpNormalization MeanVarianceNormalization Softmax LogSoftmax ReduceMean "
-    "ReduceSum ReduceSumSquare ReduceProd ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp CumSum Exp Log Range Resize "
-    "Upsample RoiAlign GridSample NonMaxSuppression EyeLike ConstantOfShape RandomNormal RandomNormalLike RandomUniform "
-    "RandomUniformLike Multinomial Bernoulli QuantizeLinear DequantizeLinear LSTM GRU RNN".split()
+    {
+        "BatchNormalization",
+        "Bernoulli",
+        "ConstantOfShape",
+        "CumSum",
+        "DequantizeLinear",
+        "Exp",
+        "EyeLike",
+        "GRU",
+        "GridSample",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "LSTM",
+        "LayerNormalization",
+        "Log",
+        "LogSoftmax",
+        "LpNormalization",
+        "MeanVarianceNormalization",
+        "Multinomial",
+        "NonMaxSuppression",
+        "QuantizeLinear",
+        "RMSNormalization",
+        "RNN",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+        "Range",
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceLogSum",
+        "ReduceLogSumExp",
+        "ReduceMean",
+        "ReduceProd",
+        "ReduceSum",
+        "ReduceSumSquare",
+        "Resize",
+        "RoiAlign",
+        "SimplifiedLayerNormalization",
+        "SkipLayerNormalization",
+        "Softmax",
+        "Upsample",
+    }
 )
 # A value out of range stays so through these; any other reader takes it in fp32 and is done with it.
 CARRIERS = frozenset(
-    "Add Sub Mul Where Neg Abs Expand Reshape Unsqueeze Squeeze Flatten Transpose Slice Split Gather Concat Identity Cast "
-    "CastLike Max Min Pad Tile".split()
+    {
+        "Abs",
+        "Add",
+        "Cast",
+        "CastLike",
+        "Concat",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "Max",
+        "Min",
+        "Mul",
+        "Neg",
+        "Pad",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Sub",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    }
 )
 # What lies between the mean of the squares and the end of a decomposed norm.
-NORM_OPERATORS = frozenset("Add Sub Sqrt Reciprocal Div Mul Pow Cast".split())
+NORM_OPERATORS = frozenset({"Add", "Cast", "Div", "Mul", "Pow", "Reciprocal", "Sqrt", "Sub"})
 
 Kept = dict["ir.Node | ir.Value", str]
 
@@ -51,7 +112,11 @@ def kept(model: ir.Model, low: ir.DataType, largest: float, maxima: Mapping[str,
             found.setdefault(node, f"opset {model.opset_imports.get('', 1)} has no {low.name} {node.op_type}")
     found.update({n: "part of a norm" for n in _norms(graph) if n not in found})
     found.update({n: "position arithmetic" for n in _positions(graph) if n not in found})
-    return {item: why for item, why in found.items() if isinstance(item, ir.Value) or any(map(floating, item.outputs)) or _reads(item)}
+    return {
+        item: why
+        for item, why in found.items()
+        if isinstance(item, ir.Value) or any(map(floating, item.outputs)) or _reads(item)
+    }
 
 
 def floating(value: ir.Value | None) -> bool:
@@ -114,7 +179,11 @@ def _norms(graph: ir.Graph) -> Iterator[ir.Node]:
             known |= set(node.outputs)
             for reader in (r for v in node.outputs for r in v.consumers()):
                 others = (v for v in reader.inputs if floating(v) and v is not None)
-                if reader.op_type in NORM_OPERATORS and reader not in inside and all(v in known or v.is_initializer() for v in others):
+                if (
+                    reader.op_type in NORM_OPERATORS
+                    and reader not in inside
+                    and all(v in known or v.is_initializer() for v in others)
+                ):
                     inside.append(reader)
         if any(node.op_type in ("Sqrt", "Reciprocal") for node in inside):
             yield from inside

@@ -18,8 +18,8 @@ from onnx_ir.passes import PassManager, Sequential
 def lean(model: ir.Model, parameters: Collection[str]) -> frozenset[str]:
     """Optimise ``model`` in place; returns the parameters that the graph reads; the others are dropped.
 
-    ``parameters`` are the names of the initializers to be kept as they are. Those that were stored transposed are listed
-    in the metadata, key ``transposed``, as JSON.
+    ``parameters`` are the names of the initializers to be kept as they are. Those that were stored transposed are
+    listed in the metadata, key ``transposed``, as JSON.
     """
     from onnxscript.rewriter import onnx_fusions
 
@@ -64,7 +64,7 @@ def _passes(held: Collection[str]) -> Any:
             ),
             rewriter.RewritePass(rules),
             passes.RemoveUnusedNodesPass(),
-            passes.RemoveUnusedFunctionsPass(),
+            passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
             passes.RemoveUnusedOpsetsPass(),
         ],
         steps=2,
@@ -111,7 +111,7 @@ def _turned(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     """The transpose, computed when it is written, one tensor in memory at a time."""
     import numpy as np
 
-    def turn() -> ir.Tensor:
+    def turn() -> ir.Tensor[Any]:
         return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=tensor.name)
 
     return ir.LazyTensor(turn, tensor.dtype, ir.Shape(list(reversed(tensor.shape.numpy()))), name=tensor.name)

@@ -45,7 +45,9 @@ def write(
     """
     busy = [name for name, module in model.named_modules() if module.training]
     if busy:
-        raise ExportError(f"cannot export: {len(busy)} modules are in training mode, the first is {busy[0]!r}; call model.eval()")
+        raise ExportError(
+            f"cannot export: {len(busy)} modules are in training mode, the first is {busy[0]!r}; call model.eval()"
+        )
     from reparam_export.exporters._lean import lean
 
     graph = _traced(model, signature, example, opset)
@@ -109,10 +111,11 @@ def _named(graph: ir.Model, signature: Signature) -> None:
         raise ExportError(f"the traced graph has inputs and outputs {found}, the signature says {wanted}")
     for value, given in zip(graph.graph.inputs, signature.inputs, strict=True):
         for axis, name in enumerate(given.shape):
-            if isinstance(name, str) and isinstance(value.shape[axis], int):
+            size = None if value.shape is None else value.shape[axis]
+            if isinstance(name, str) and isinstance(size, int):
                 raise ExportError(
-                    f"input {given.name!r}: axis {axis} ({name!r}) came out fixed at {value.shape[axis]}; the model's code "
-                    f"depends on that size. Fix the size in the signature, or make the forward independent of it"
+                    f"input {given.name!r}: axis {axis} ({name!r}) came out fixed at {size}; the code depends on that "
+                    f"size. Fix the size in the signature, or make the forward independent of it"
                 )
     weights = {value.name: value for value in graph.graph.initializers.values()}
     names = {str(name).removeprefix("model.") for name in weights}
@@ -120,8 +123,8 @@ def _named(graph: ir.Model, signature: Signature) -> None:
         for value in node.outputs:
             if value.name in names and value not in graph.graph.outputs:
                 value.name = f"{value.name}:value"
-    for name, value in weights.items():
-        value.name = str(name).removeprefix("model.")
+    for label, value in weights.items():
+        value.name = str(label).removeprefix("model.")
 
 
 def _example(given: Input, example: Mapping[str, Tensor]) -> Tensor:
@@ -129,7 +132,9 @@ def _example(given: Input, example: Mapping[str, Tensor]) -> Tensor:
         raise UsageError(f"the example lacks input {given.name!r}; it has {sorted(example)}")
     tensor = example[given.name]
     if tensor.dim() != len(given.shape):
-        raise UsageError(f"example of {given.name!r} has {tensor.dim()} axes, the signature has {len(given.shape)}: {given.shape}")
+        raise UsageError(
+            f"example of {given.name!r} has {tensor.dim()} axes, the signature has {len(given.shape)}: {given.shape}"
+        )
     for axis, name in enumerate(given.shape):
         if isinstance(name, str) and tensor.shape[axis] == 1:  # torch.export takes an axis of size 1 for a constant
             tensor = tensor.repeat_interleave(2, dim=axis)
@@ -189,7 +194,11 @@ def _quiet() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -204,8 +213,8 @@ def _short(error: BaseException) -> str:
 class Runner:
     """One onnxruntime session, as a context manager: ``with Runner(path) as run: run.run({"input": array})``.
 
-    A file with bf16 operators, which the CPU provider lacks, runs as ``precision.emulated(path)``: every bf16 operator
-    computed in fp32, its result rounded to bf16.
+    On the CPU, a file with fp16 or bf16 operators runs as ``precision.emulated(path)``: every such operator is computed
+    in fp32 and its result rounded, since the CPU provider lacks bf16 and leaves out roundings of fp16.
     """
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
@@ -218,7 +227,8 @@ class Runner:
 
         if not self.path.is_file():
             raise ExportError(f"there is no file {self.path}")
-        self._session = session(emulated(self.path) if holds(self.path, "bfloat16") else self.path, self.path.parent, self.threads)
+        soft = not _gpu() and holds(self.path, "float16", "bfloat16")
+        self._session = session(emulated(self.path) if soft else self.path, self.path.parent, self.threads)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -235,14 +245,20 @@ class Runner:
             raise ExportError(f"{self.path.name}: onnxruntime failed to run it: {error}") from error
 
 
+def _gpu() -> bool:
+    """Is there a GPU, and an onnxruntime that can use it?"""
+    import onnxruntime as ort
+    import torch
+
+    return bool(torch.cuda.is_available()) and "CUDAExecutionProvider" in ort.get_available_providers()
+
+
 def session(model: Path | bytes, folder: Path, threads: int | None = None) -> Any:
-    """An onnxruntime session on CUDA where there is a GPU, else on the CPU. ``folder`` holds the external data of bytes."""
+    """An onnxruntime session, on CUDA where there is a GPU. ``folder`` holds the external data of a model in bytes."""
     try:
         import onnxruntime as ort
     except ImportError as error:
         raise MissingBackendError("onnxruntime is not installed", package="onnxruntime", extra="ort") from error
-    import torch
-
     ort.set_default_logger_severity(4)
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -250,9 +266,11 @@ def session(model: Path | bytes, folder: Path, threads: int | None = None) -> An
         options.intra_op_num_threads = threads
     if isinstance(model, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    gpu = torch.cuda.is_available() and "CUDAExecutionProvider" in ort.get_available_providers()
+    gpu = _gpu()
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if gpu else ["CPUExecutionProvider"]
     try:
         return ort.InferenceSession(str(model) if isinstance(model, Path) else model, options, providers=providers)
     except Exception as error:  # onnxruntime's exception classes are not public
-        raise ExportError(f"onnxruntime cannot load {model if isinstance(model, Path) else 'the model'}: {error}") from error
+        raise ExportError(
+            f"onnxruntime cannot load {model if isinstance(model, Path) else 'the model'}: {error}"
+        ) from error

@@ -2,9 +2,9 @@
 
 No maintained converter was usable for both. ``onnxruntime.transformers.float16`` knows no bf16, clamps overflowing
 weights without a word, rounds tiny ones away from zero, and rounds between two nodes that both stay fp32;
-``modelopt.onnx.autocast`` pins onnx and onnxruntime below what the exporter needs. What is needed is small: decide which
-nodes stay fp32 (``_keep``), give every value the type of its producer, and cast where the types part. Inputs and outputs
-of the model keep fp32; every weight that is lowered is rounded once, to nearest even, under its own name.
+``modelopt.onnx.autocast`` pins onnx and onnxruntime below what the exporter needs. What is needed is small: decide
+which nodes stay fp32 (``_keep``), give every value the type of its producer, and cast where the types part. Inputs and
+outputs of the model keep fp32; every weight that is lowered is rounded once, to nearest even, under its own name.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def lower(
 ) -> tuple[tuple[str, str], ...]:
     """Write ``source`` (fp32) in ``precision`` to ``path``; returns (weight or node, reason) for each thing kept fp32.
 
-    ``samples`` are inputs on which the activations are measured, in fp32; without them only weights and constants can be
-    found out of range. Weights of more than ``external`` bytes together go to ``<path>.data``.
+    ``samples`` are inputs on which the activations are measured, in fp32; without them only weights and constants can
+    be found out of range. Weights of more than ``external`` bytes together go to ``<path>.data``.
     Raises UsageError for an unknown precision, ExportError for a source that is not fp32 or has control flow.
     """
     import onnx_ir as ir
@@ -65,24 +65,32 @@ def _read(source: Path) -> ir.Model:
     passes.ShapeInferencePass()(model)
     for node in model.graph:
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
-            raise ExportError(f"{source.name}: {node.op_type} {node.name!r} has a subgraph; only straight graphs can be lowered")
+            raise ExportError(
+                f"{source.name}: {node.op_type} {node.name!r} has a subgraph; only straight graphs can be lowered"
+            )
         for value in node.outputs:
             if value.dtype is None and value.uses():
                 raise ExportError(f"{source.name}: the type of {value.name!r} ({node.op_type}) is unknown")
-    halves = [v.name for v in model.graph.initializers.values() if v.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)]
+    halves = [
+        v.name for v in model.graph.initializers.values() if v.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    ]
     if halves:
-        raise ExportError(f"{source.name} is not fp32: {len(halves)} initializers are half precision, the first is {halves[0]!r}")
+        raise ExportError(
+            f"{source.name} is not fp32: {len(halves)} initializers are half precision, the first is {halves[0]!r}"
+        )
     return model
 
 
 def _retype(graph: ir.Graph, keep: Collection[ir.Node], low: ir.DataType) -> None:
-    """Give the results of every node outside ``keep`` the type ``low``, and cast where a reader wants the other type."""
+    """Give the results of nodes outside ``keep`` the type ``low``, and cast where a reader wants the other type."""
     import onnx_ir as ir
 
     from reparam_export.exporters._keep import floating
 
     nodes = list(graph)
-    wants = {(n, i): (ir.DataType.FLOAT if n in keep else low) for n in nodes for i, v in enumerate(n.inputs) if floating(v)}
+    wants = {
+        (n, i): (ir.DataType.FLOAT if n in keep else low) for n in nodes for i, v in enumerate(n.inputs) if floating(v)
+    }
     for value in list(graph.initializers.values()):
         if floating(value):
             _lower_weight(graph, value, {wants[use.node, use.idx] for use in value.uses()}, low)
@@ -95,11 +103,11 @@ def _retype(graph: ir.Graph, keep: Collection[ir.Node], low: ir.DataType) -> Non
                     value.dtype = low
     casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     for (node, number), want in wants.items():
-        value = node.inputs[number]
-        if value is not None and value.dtype != want and node.op_type not in ("Shape", "Size"):
-            if (value, want) not in casts:
-                casts[value, want] = cast(graph, value, want)
-            node.replace_input_with(number, casts[value, want])
+        source = node.inputs[number]
+        if source is not None and source.dtype != want and node.op_type not in ("Shape", "Size"):
+            if (source, want) not in casts:
+                casts[source, want] = cast(graph, source, want)
+            node.replace_input_with(number, casts[source, want])
     for number, value in enumerate(graph.outputs):
         if value.dtype == low:
             name, value.name = value.name, f"{value.name}:{low.name.lower()}"
@@ -123,7 +131,7 @@ def rounded(tensor: ir.TensorProtocol, low: ir.DataType) -> ir.LazyTensor:
     """The fp32 tensor rounded to nearest even, computed when it is written."""
     import onnx_ir as ir
 
-    def turn() -> ir.Tensor:
+    def turn() -> ir.Tensor[Any]:
         return ir.Tensor(tensor.numpy().astype(low.numpy()), dtype=low, name=tensor.name)
 
     return ir.LazyTensor(turn, low, ir.Shape(list(tensor.shape.numpy())), name=tensor.name)
@@ -155,7 +163,11 @@ def measured(source: Path, samples: Sequence[Mapping[str, np.ndarray[Any, Any]]]
     model = _read(source)
     graph = model.graph
     values = [v for n in graph for v in n.outputs if floating(v) and v.uses()]
-    zero = ir.Value(name="measured:zero", type=ir.TensorType(ir.DataType.FLOAT), const_value=ir.tensor(np.float32(0), name="measured:zero"))
+    zero = ir.Value(
+        name="measured:zero",
+        type=ir.TensorType(ir.DataType.FLOAT),
+        const_value=ir.tensor(np.float32(0), name="measured:zero"),
+    )
     graph.register_initializer(zero)
     graph.outputs.clear()
     for number, value in enumerate(values):
@@ -173,26 +185,30 @@ def measured(source: Path, samples: Sequence[Mapping[str, np.ndarray[Any, Any]]]
 
 
 def emulated(path: Path) -> bytes:
-    """A bf16 file as a serialised fp32 graph, for machines whose runtime has no bf16 operators.
+    """A fp16 or bf16 file as a serialised fp32 graph that rounds where the file's graph does, for a run on the CPU.
 
-    Every operator with bf16 results is computed in fp32 and its results are rounded to bf16 by a Cast: what hardware with
-    fp32 accumulation computes. Weights keep their stored bf16 values. External data is still read from the file's folder.
+    Every operator with 16-bit results is computed in fp32 and its results are rounded by a Cast: what hardware with fp32
+    accumulation computes. onnxruntime's CPU provider has no bf16 operators, and takes many fp16 ones in fp32 without
+    rounding between them, so an overflow would go unseen. Weights keep their stored values; external data is still read
+    from the file's folder.
     """
     import onnx_ir as ir
 
     model = ir.load(path)
     graph = model.graph
-    for value in list(graph.initializers.values()):
-        if value.dtype == ir.DataType.BFLOAT16:
+    halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    for value in [*graph.initializers.values(), *graph.inputs]:
+        if value.dtype in halves:
             _read_through(graph, value, value)
     for node in list(graph):
         for value in node.outputs:
-            if value.dtype == ir.DataType.BFLOAT16:
-                halves = value
+            dtype = value.dtype
+            if dtype is not None and dtype in halves:
+                half = value
                 if node.op_type != "Cast":
                     value.dtype = ir.DataType.FLOAT
-                    halves = cast(graph, value, ir.DataType.BFLOAT16, f"{value.name}:rounded")
-                _read_through(graph, value, halves)
+                    half = cast(graph, value, dtype, f"{value.name}:rounded")
+                _read_through(graph, value, half)
     result: bytes = ir.to_proto(model).SerializeToString()
     return result
 
@@ -208,7 +224,7 @@ def _read_through(graph: ir.Graph, value: ir.Value, halves: ir.Value) -> None:
 
 
 def precisions(path: Path) -> dict[str, int]:
-    """How many matrix products and convolutions the graph computes in each dtype, such as {"float16": 48, "float32": 1}."""
+    """Matrix products and convolutions by the dtype they compute in, such as {"float16": 48, "float32": 1}."""
     import onnx_ir as ir
 
     found: dict[str, int] = {}
@@ -231,10 +247,10 @@ def weight_bytes(path: Path) -> dict[str, int]:
     return found
 
 
-def holds(path: Path, dtype: str) -> bool:
-    """Does a weight or an edge of the graph have this dtype, such as ``"bfloat16"``?"""
+def holds(path: Path, *dtypes: str) -> bool:
+    """Does a weight or an edge of the graph have one of these dtypes, such as ``"bfloat16"``?"""
     import onnx_ir as ir
 
     graph = ir.load(path).graph
     values = [*graph.initializers.values(), *graph.inputs, *(v for node in graph for v in node.outputs)]
-    return any(v.dtype is not None and v.dtype != ir.DataType.STRING and str(v.dtype.numpy()) == dtype for v in values)
+    return any(v.dtype is not None and v.dtype != ir.DataType.STRING and str(v.dtype.numpy()) in dtypes for v in values)

@@ -85,7 +85,7 @@ def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], mod
     """config, tokenizer and shards. Adds zero biases to ``tensors`` where a config switch needs them. Returns details."""
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(NOT_CARRIED) and file.name != "adapter_config.json":
-            shutil.copy2(file, made / file.name)
+            shutil.copyfile(file, made / file.name)
     config = read_json(made / "config.json")
     changed = bias_switches(config, tensors, model.weights.created)
     config |= changed

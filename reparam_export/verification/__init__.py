@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,13 @@ from reparam_export.checkpoints import Adapter, Checkpoint
 from reparam_export.errors import EquivalenceError
 from reparam_export.fusion import FusedWeights, by_module, own_state
 from reparam_export.models import Signature, read_inputs, samples
-from reparam_export.verification.certificate import CarriedEvidence, Certificate, LayerEvidence, OutputEvidence
+from reparam_export.verification.certificate import (
+    CarriedEvidence,
+    Certificate,
+    GraphEvidence,
+    LayerEvidence,
+    OutputEvidence,
+)
 from reparam_export.verification.graph import compare_graphs
 from reparam_export.verification.outputs import Reference, compare, first_parting, measure_floors, run
 from reparam_export.verification.survival import overall
@@ -70,21 +77,18 @@ def verify(
     """
     base, signature = base_of(checkpoint).build()
     base = with_replaced(base, checkpoint)
+    given, source = _inputs(inputs, signature, count, seed)
     layers = prove_weights(base, checkpoint, weights, seed, exhaustive_limit)
     carried = _carried(base, checkpoint, weights)
-    graph = compare_graphs(
-        fused(with_replaced(base_of(checkpoint).build()[0], checkpoint), _zero_biases(weights)),
-        _fused_module(checkpoint, weights),
-        signature,
-        _inputs(inputs, signature, count, seed)[0],
-        weights.created,
-    )
-    given, source = _inputs(inputs, signature, count, seed)
-    reference, outputs, layer = prove_outputs(checkpoint, weights, signature, given)
+    graph = _graph(base, weights, signature, given)
+    reference, outputs, layer = prove_outputs(base, checkpoint, weights, signature, given)
     certificate = Certificate(
         weights_sha256=weights.sha256(),
         checkpoint=checkpoint.describe(),
-        base={"spec": checkpoint.base, "weights": None if checkpoint.base_weights is None else str(checkpoint.base_weights)},
+        base={
+            "spec": checkpoint.base,
+            "weights": None if checkpoint.base_weights is None else str(checkpoint.base_weights),
+        },
         storage=weights.storage(),
         layers=layers,
         carried=carried,
@@ -119,23 +123,25 @@ def prove_weights(
 
 
 def prove_outputs(
-    checkpoint: Checkpoint, weights: FusedWeights, signature: Signature, given: Mapping[str, Tensor]
+    base: nn.Module, checkpoint: Checkpoint, weights: FusedWeights, signature: Signature, given: Mapping[str, Tensor]
 ) -> tuple[Reference, tuple[OutputEvidence, ...], str | None]:
     """Reference, evidence at batch 1, 2 and all samples, and the first module that parts when the evidence fails."""
     import torch
 
     def unfused(dtype: torch.dtype) -> nn.Module:
-        return adapted(with_replaced(base_of(checkpoint).build()[0], checkpoint), checkpoint.adapters, dtype)
+        return adapted(copy.deepcopy(base), checkpoint.adapters, dtype)
 
     dtype = storage_dtype(weights)
     exact = run(unfused(torch.float64), signature, given, torch.float64)
     truth = dict(zip(signature.outputs, exact, strict=True))
     noisy = run(unfused(dtype), signature, given, dtype)
     reference = Reference(given, truth, measure_floors(truth, noisy), str(dtype).removeprefix("torch."))
-    model = _fused_module(checkpoint, weights).to(dtype)
+    model = fused(copy.deepcopy(base), weights.tensors).to(dtype)
     outputs: list[OutputEvidence] = []
     for batch in dict.fromkeys((*BATCHES, reference.samples)):
-        outputs += compare("fused", lambda x: run(model, signature, x, dtype, step=len(next(iter(x.values())))), reference, batch)
+        outputs += compare(
+            "fused", lambda x: run(model, signature, x, dtype, step=len(next(iter(x.values())))), reference, batch
+        )
     layer = None
     if not all(o.passed for o in outputs):
         models = (unfused(torch.float64), unfused(dtype), model)
@@ -170,10 +176,14 @@ def refusal(certificate: Certificate, layer: str | None) -> EquivalenceError:
     bad = next((o for o in certificate.outputs if not o.passed), None)
     if bad is not None:
         where = f", first parting at {layer}" if layer else ""
-        parts.append(f"output {bad.output} at batch {bad.batch} is off by {bad.error:.3g}, bound {bad.bound:.3g}{where}")
+        parts.append(
+            f"output {bad.output} at batch {bad.batch} is off by {bad.error:.3g}, bound {bad.bound:.3g}{where}"
+        )
     if not certificate.graph.passed:
         parts.append(f"the graph differs from the base's: {certificate.graph.differences[0]}")
-    return EquivalenceError("the fused model is not the trained model: " + "; ".join(parts), layer=layer, evidence=certificate)
+    return EquivalenceError(
+        "the fused model is not the trained model: " + "; ".join(parts), layer=layer, evidence=certificate
+    )
 
 
 def versions() -> dict[str, str]:
@@ -181,7 +191,16 @@ def versions() -> dict[str, str]:
     import importlib.metadata
 
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in ("reparam-export", "torch", "timm", "transformers", "onnx", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt"):
+    for package in (
+        "reparam-export",
+        "torch",
+        "timm",
+        "transformers",
+        "onnx",
+        "onnxruntime-gpu",
+        "tensorrt-rtx",
+        "tensorrt",
+    ):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -199,14 +218,16 @@ def _inputs(
     return read_inputs(Path(inputs), signature), str(inputs)
 
 
-def _fused_module(checkpoint: Checkpoint, weights: FusedWeights) -> nn.Module:
-    return fused(base_of(checkpoint).build()[0], weights.tensors)
-
-
-def _zero_biases(weights: FusedWeights) -> dict[str, Tensor]:
+def _graph(base: nn.Module, weights: FusedWeights, signature: Signature, given: Mapping[str, Tensor]) -> GraphEvidence:
+    """Base against fused, both in the storage dtypes of the fused weights; a created bias stands as zeros in the base."""
     import torch
 
-    return {name: torch.zeros_like(weights[name]) for name in weights.created}
+    state = own_state(base)[0]
+    cast = {
+        name: state[name].to(t.dtype) if name in state else torch.zeros_like(t) for name, t in weights.tensors.items()
+    }
+    plain_base = fused(copy.deepcopy(base), cast)
+    return compare_graphs(plain_base, fused(copy.deepcopy(base), weights.tensors), signature, given, weights.created)
 
 
 def _carried(base: nn.Module, checkpoint: Checkpoint, weights: FusedWeights) -> CarriedEvidence:

@@ -29,6 +29,9 @@ class EngineAudit:
     relaid: tuple[str, ...]  # not found as such: the builder re-laid them out
     adapter_tensors_found: tuple[str, ...]  # must be empty
     precisions: dict[str, int]  # dtype -> number of layer outputs in the network the builder took
+    merged: tuple[
+        str, ...
+    ] = ()  # bit for bit too, but row by row: inside a matrix that the builder put together (q, k, v)
     adapter_tensors_skipped: tuple[str, ...] = ()  # too small or too uniform to prove anything
 
 
@@ -65,17 +68,23 @@ def audit(
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
         content = np.frombuffer(held, np.uint8)
         try:
-            found = _search(content, needles)
-            found |= {n.name for n in needles if n.name not in found and not _telling(n.data) and held.find(n.data.tobytes()) >= 0}
-            intruders = _search(content, strays)
+            found = set(_search(content, needles))
+            found |= {
+                n.name
+                for n in needles
+                if n.name not in found and not _telling(n.data) and held.find(n.data.tobytes()) >= 0
+            }
+            merged = _merged(content, {name: array for name, array in fused.items() if name not in found}, dtypes)
+            intruders = _search(content, strays).keys()
         finally:
             del content
     return EngineAudit(
         fused_tensors=len(fused),
         bitwise=tuple(name for name in fused if name in found),
-        relaid=tuple(name for name in fused if name not in found),
+        relaid=tuple(name for name in fused if name not in found and name not in merged),
         adapter_tensors_found=tuple(name for name in adapters if name in intruders),
         precisions=dict(precisions or {}),
+        merged=tuple(name for name in fused if name in merged),
         adapter_tensors_skipped=skipped,
     )
 
@@ -86,7 +95,9 @@ def _layouts(array: Array, dtypes: Collection[str]) -> Iterator[Array]:
 
     half = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
     for dtype in dict.fromkeys((array.dtype, *(half.get(d) or np.dtype(d) for d in dtypes))):
-        with np.errstate(over="ignore"):  # a value out of range stays fp32 in the plan, so this layout is just not found
+        with np.errstate(
+            over="ignore"
+        ):  # a value out of range stays fp32 in the plan, so this layout is just not found
             cast = array.astype(dtype)
         yield np.ascontiguousarray(cast)
         if cast.ndim == 2 and 1 not in cast.shape:
@@ -108,7 +119,9 @@ def _rows(array: Array, dtypes: Collection[str]) -> Iterator[Array]:
 
 def _telling(data: Array) -> bool:
     """Are these bytes so long and so varied that finding them is no accident?"""
-    return data.size >= MEANINGFUL and len({data[i : i + 2].tobytes() for i in range(0, min(data.size, 256) - 1, 2)}) >= 4
+    return (
+        data.size >= MEANINGFUL and len({data[i : i + 2].tobytes() for i in range(0, min(data.size, 256) - 1, 2)}) >= 4
+    )
 
 
 def _needle(name: str, data: Array) -> _Needle:
@@ -118,23 +131,46 @@ def _needle(name: str, data: Array) -> _Needle:
     return _Needle(name, data, int(best))
 
 
-def _search(content: Array, needles: Collection[_Needle]) -> set[str]:
-    """Names of the needles that stand in ``content``, at any byte."""
+def _merged(content: Array, tensors: Mapping[str, Array], dtypes: Collection[str]) -> set[str]:
+    """Matrices whose rows (or columns) all stand in ``content``, one after the other at a constant distance."""
+    layouts = {}
+    for name, array in tensors.items():
+        for number, layout in enumerate(_layouts(array, dtypes)):
+            if layout.ndim == 2 and layout.shape[0] > 1:
+                layouts[f"{number}:{name}"] = layout.view(np.uint8)
+    starts = {k: v for k, v in layouts.items() if _telling(v[0]) and _telling(v[1])}
+    found = _search(content, [_needle(f"{row}:{key}", v[row]) for key, v in starts.items() for row in (0, 1)])
+    result = set()
+    for key, rows in starts.items():
+        for first in found.get(f"0:{key}", ()):
+            for second in found.get(f"1:{key}", ()):
+                step = second - first
+                end = first + step * (len(rows) - 1) + rows.shape[1]
+                if step < rows.shape[1] or end > content.size:
+                    continue
+                held = np.lib.stride_tricks.as_strided(content[first:], rows.shape, (step, 1), writeable=False)
+                if np.array_equal(held, rows):
+                    result.add(key.split(":", 1)[1])
+    return result
+
+
+def _search(content: Array, needles: Collection[_Needle]) -> dict[str, list[int]]:
+    """Where the needles stand in ``content``, at any byte: name -> offsets (the first few)."""
     wanted: dict[int, list[_Needle]] = {}
     for needle in needles:
         if needle.data.size >= 8 and needle.data.size <= content.size:
             wanted.setdefault(needle.word, []).append(needle)
     if not wanted:
-        return set()
+        return {}
     words = np.array(sorted(wanted), np.uint64)
     first = np.zeros(1 << 16, bool)
     first[(words & np.uint64(0xFFFF)).astype(np.int64)] = True
-    found: set[str] = set()
+    found: dict[str, list[int]] = {}
     for at, word in _hits(content, words, first):
         for needle in wanted[word]:
             start = at - needle.anchor
-            if needle.name not in found and start >= 0 and _stands(content, start, needle.data):
-                found.add(needle.name)
+            if start >= 0 and len(found.get(needle.name, ())) < 8 and _stands(content, start, needle.data):
+                found.setdefault(needle.name, []).append(start)
     return found
 
 

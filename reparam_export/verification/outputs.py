@@ -44,7 +44,9 @@ class Reference:
         return MULTIPLE * max(floor, roundoff * _largest(self.outputs[output]))
 
 
-def run(model: nn.Module, signature: Signature, inputs: Mapping[str, Tensor], dtype: torch.dtype, step: int = 8) -> tuple[Tensor, ...]:
+def run(
+    model: nn.Module, signature: Signature, inputs: Mapping[str, Tensor], dtype: torch.dtype, step: int = 8
+) -> tuple[Tensor, ...]:
     """The model's outputs, ``step`` samples at a time; float inputs are cast to dtype."""
     import torch
 

@@ -270,7 +270,9 @@ def prove_carried(
     import torch
 
     different = [f"{name}: in the base, not in the fused weights" for name in base if name not in fused]
-    different += [f"{name}: in the fused weights, not in the base" for name in fused if name not in base and name not in touched]
+    different += [
+        f"{name}: in the fused weights, not in the base" for name in fused if name not in base and name not in touched
+    ]
     compared = 0
     for name, tensor in base.items():
         if name in touched or name not in fused:

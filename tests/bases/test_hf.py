@@ -11,8 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reparam_export.errors import CheckpointError, MissingBackendError, MissingSettingError
-from reparam_export.errors import TensorMismatchError, UsageError
+from reparam_export.errors import (
+    CheckpointError,
+    MissingBackendError,
+    MissingSettingError,
+    TensorMismatchError,
+    UsageError,
+)
 from reparam_export.models import Base, outputs_of_call, parse_input, pure_float64, samples
 
 pytest.importorskip("transformers")
@@ -105,7 +110,9 @@ def test_keeps_the_stored_dtypes_whatever_the_config_says(tmp_path: Path) -> Non
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     module, _ = Base(f"hf:{folder}").build()
     stored = module.state_dict()
-    assert all(stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor) for name, tensor in state.items())
+    assert all(
+        stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor) for name, tensor in state.items()
+    )
 
 
 @pytest.mark.parametrize("shard", ["model", "pytorch_model"])

@@ -1,0 +1,5 @@
+"""``python -m reparam_export``."""
+
+from reparam_export.cli import main
+
+main()

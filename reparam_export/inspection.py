@@ -1,0 +1,94 @@
+"""What ``inspect`` says: format, kinds, touched modules, ranks, scales, what is missing, and whether it can be folded.
+
+Safetensors files and PEFT folders are read without torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from reparam_export.adapters import kind
+from reparam_export.checkpoints import Checkpoint, non_finite, read, zeros
+from reparam_export.errors import FusionError
+
+if TYPE_CHECKING:
+    from reparam_export.console import Console
+    from reparam_export.folder import Recipe
+
+
+def inspect_checkpoint(recipe: Recipe) -> dict[str, Any]:
+    """Everything that can be said of the checkpoint without its base. JSON types. Raises CheckpointError."""
+    given = asdict(recipe)
+    given.pop("dtype")
+    path, base = given.pop("checkpoint"), given.pop("base")
+    try:
+        checkpoint = read(path, base, inspecting=True, **given)
+    except FusionError as error:
+        return {"path": path, "foldable": False, "reasons": [str(error)]}
+    missing = [{"setting": m.setting, "found_in": m.found_in, "option": m.option} for m in checkpoint.missing]
+    if checkpoint.base is None:
+        missing.append(
+            {"setting": "base", "found_in": "the training script", "option": "--base SPEC (and --base-weights FILE)"}
+        )
+    bad = non_finite(checkpoint)
+    reasons = [f"{m['setting']} is missing (found in {m['found_in']}): {m['option']}" for m in missing] + [
+        f"{name}: NaN or infinity" for name in bad
+    ]
+    described = checkpoint.describe()
+    return {
+        **described,
+        "base": checkpoint.base,
+        "adapters": [_adapter(checkpoint, i) for i in range(len(checkpoint.adapters))],
+        "replaced": {name: list(tensor.shape) for name, tensor in checkpoint.replaced.items()},
+        "missing": missing,
+        "zero": zeros(checkpoint),
+        "non_finite": bad,
+        "foldable": not reasons,
+        "reasons": reasons,
+    }
+
+
+def show(console: Console, found: dict[str, Any]) -> None:
+    """The same for a person."""
+    console.line(f"checkpoint: {found['path']}")
+    if "format" in found:
+        kinds = ", ".join(f"{name} x {count}" for name, count in found["kinds"].items())
+        console.line(f"format: {found['format']} ({kinds})")
+        console.line(f"base: {found['base'] or 'not named in the checkpoint'}")
+        console.line(f"ranks: {', '.join(map(str, found['rank'])) or '-'}")
+        for note in found["notes"]:
+            console.line(f"note: {note}")
+        rows = [(a["module"], a["kind"], _settings(a["settings"])) for a in found["adapters"]]
+        console.table("Touched modules", ("module", "kind", "settings"), rows)
+        for name, shape in found["replaced"].items():
+            console.line(f"replaces: {name} {tuple(shape)}")
+        for name in found["zero"]:
+            console.line(f"zero: {name}")
+    for reason in found["reasons"]:
+        console.line(f"open: {reason}")
+    console.line(f"can be folded: {'yes' if found['foldable'] else 'not yet' if 'format' in found else 'no'}")
+
+
+def _adapter(checkpoint: Checkpoint, index: int) -> dict[str, Any]:
+    adapter = checkpoint.adapters[index]
+    return {
+        "module": adapter.module,
+        "kind": adapter.kind,
+        "rows": None if adapter.rows is None else list(adapter.rows),
+        "settings": kind(adapter.kind).describe(adapter.params),
+    }
+
+
+def _settings(settings: dict[str, Any], prefix: str = "") -> str:
+    parts = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            parts.append(
+                f"{name}: {_settings(value)}" if name != "path" else " ".join(f"{k}={v}" for k, v in value.items())
+            )
+        else:
+            shown = value if not isinstance(value, float) else "missing" if math.isnan(value) else f"{value:g}"
+            parts.append(f"{name}={shown}")
+    return "; ".join(parts)

@@ -1,0 +1,129 @@
+"""Every kind against exact rational arithmetic of its paper's formula, and its two halves against each other."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reparam_export import plugins
+from reparam_export.adapters import kind
+from reparam_export.affine import Affine, map_tensors, tensors_of
+from reparam_export.checkpoints import Adapter
+from reparam_export.verification.weights import prove_layer
+
+SIZES = [(5, 7), (7, 5), (6, 6), (1, 4), (12, 3)]
+KINDS = plugins.names("adapters")
+
+
+def base(out: int, inn: int, seed: int, *, bias: bool) -> Affine:
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, inn, generator=g, dtype=torch.float64).float().double()
+    return Affine(weight, torch.randn(out, generator=g, dtype=torch.float64).float().double() if bias else None)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("seed", range(12))
+def test_fuse_is_apply(name: str, seed: int) -> None:
+    out, inn = SIZES[seed % len(SIZES)]
+    layer = base(out, inn, seed, bias=seed % 2 == 0 and name != "tokens")
+    spec = kind(name)
+    params = spec.example(seed, layer)
+    x = torch.randn(4, 3, inn, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(spec.fuse(layer, params)(x), spec.apply(x, layer, params), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_shapes_name_every_tensor_of_an_example(name: str) -> None:
+    for seed in range(12):
+        layer = base(5, 7, seed, bias=True)
+        params = kind(name).example(seed, layer)
+        found = {field: tuple(tensor.shape) for field, tensor in tensors_of(params).items()}
+        assert found == kind(name).shapes(5, 7, params)
+        assert all(bool((tensor != 0).all()) for tensor in tensors_of(params).values())
+
+
+def fractions(tensor: Any) -> Any:
+    return np.vectorize(lambda v: Fraction(float(v)), otypes=[object])(tensor.numpy())
+
+
+def exact_formula(name: str, layer: Affine, p: Any) -> tuple[Any, Any]:
+    """The papers' formulas in rational arithmetic, written from FORMATS and the papers, not from the code under test."""
+    W = fractions(layer.weight)  # noqa: N806
+    b = fractions(layer.bias) if layer.bias is not None else np.full(W.shape[0], Fraction(0), dtype=object)
+    if name == "lora":
+        s = Fraction(p.scale)
+        extra = fractions(p.pair.up.bias) if p.pair.up.bias is not None else 0 * b
+        return W + s * (fractions(p.pair.up.weight) @ fractions(p.pair.down.weight)), b + s * extra
+    if name == "hydra":
+        weight, bias = W, b
+        for branch, scale in ((p.parallel, p.parallel_scale), (p.sequential, p.sequential_scale)):
+            if branch is None:
+                continue
+            s = Fraction(float(scale))
+            up, down = fractions(branch.up.weight), fractions(branch.down.weight)
+            shift = (
+                up @ fractions(branch.down.bias) + fractions(branch.up.bias) if branch.up.bias is not None else 0 * b
+            )
+            if branch is p.parallel:
+                weight, bias = weight + s * (up @ down), bias + s * shift
+            else:
+                weight, bias = weight + s * (up @ down @ W), bias + s * (up @ (down @ b) + shift)
+        return weight, bias
+    if name == "repadapter":
+        s = Fraction(p.scale)
+        up, down = fractions(p.pair.up.weight), fractions(p.pair.down.weight)
+        shift = (
+            up @ fractions(p.pair.down.bias) + fractions(p.pair.up.bias) if p.pair.up.bias is not None else 0 * up[:, 0]
+        )
+        return W + s * (W @ up @ down), b + s * (W @ shift)
+    assert name == "glora"
+    t = {field: fractions(tensor) for field, tensor in tensors_of(p).items()}
+
+    def support(choice: str, d: Any, u: Any) -> Any:
+        if choice.startswith("LoRA"):
+            k = int(choice.split("_")[1])
+            return d[:, :k] @ u[:k]
+        return {"vector": d[:, :1], "constant": d[0, 0], "none": Fraction(0)}[choice]
+
+    def vector(choice: str, v: Any) -> Any:
+        return {"vector": v, "constant": v[0], "none": Fraction(0)}[choice]
+
+    weight = W + W * support(p.path.A, t["Ad"], t["Au"]) + support(p.path.B, t["Bd"], t["Bu"])
+    c = support(p.path.C, t["Cd"], t["Cu"])
+    shift = (W @ c)[:, 0] if p.path.C != "none" else 0 * b
+    return weight, b + b * vector(p.path.D, t["D"]) + vector(p.path.E, t["E"]) + shift
+
+
+@pytest.mark.parametrize("name", ["hydra", "glora", "lora", "repadapter"])
+@pytest.mark.parametrize("seed", range(10))
+def test_fused_weights_are_the_papers_formula_rounded_once(name: str, seed: int) -> None:
+    out, inn = SIZES[seed % len(SIZES)]
+    layer = base(out, inn, seed, bias=seed % 3 != 1)
+    params = map_tensors(kind(name).example(seed, layer), lambda t: t.float().double())
+    fused = kind(name).fuse(layer, params)
+    weight, bias = exact_formula(name, layer, params)
+    rounded = np.vectorize(lambda v: np.float32(float(v)))  # float() of a Fraction is correctly rounded
+    assert np.array_equal(fused.weight.float().numpy(), rounded(weight))
+    found = torch.zeros(out) if fused.bias is None else fused.bias.float()
+    assert np.array_equal(found.numpy(), rounded(bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["hydra", "glora", "lora", "repadapter"])
+def test_two_hundred_clean_adapters_never_fail(name: str, dtype: torch.dtype) -> None:
+    for seed in range(17):  # x 12 combinations of kind and dtype = 204
+        out, inn = SIZES[seed % len(SIZES)]
+        module = torch.nn.Linear(inn, out, bias=seed % 2 == 0)
+        layer = Affine(module.weight.detach().double(), None if module.bias is None else module.bias.detach().double())
+        params = map_tensors(kind(name).example(seed, layer), lambda t: t.float())
+        fused = kind(name).fuse(layer, map_tensors(params, lambda t: t.double()))
+        tensors = {"layer.weight": fused.weight.to(dtype)}
+        if fused.bias is not None:
+            tensors["layer.bias"] = fused.bias.to(dtype)
+        for limit in (2**35, 0):  # read out, and probed
+            evidence = prove_layer(module, Adapter("layer", name, params), tensors, seed=seed, limit=limit)
+            assert evidence.verdict == ("exact" if limit else "rounded"), (seed, limit, evidence)
