@@ -27,7 +27,7 @@ SHAPE = {"img_size": 32, "patch_size": 8, "in_chans": 1, "embed_dim": 96, "depth
 BASE = f"timm:{NAME}?" + "&".join(f"{key}={value}" for key, value in SHAPE.items())
 TARGETS = ("blocks.*.attn.proj", "blocks.*.mlp.fc2")
 RANK, SCALE = 8, 0.5
-BASE_EPOCHS, ADAPTER_EPOCHS, BATCH, RATE, SEED = 25, 25, 64, 2e-3, 0
+BASE_EPOCHS, ADAPTER_EPOCHS, BATCH, RATE, SEED = 15, 15, 64, 3e-3, 0
 HELD_OUT = 497
 TO = ("onnx", "trt")
 
@@ -63,6 +63,7 @@ def answers(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 def main() -> None:
     """The whole way, from data to table."""
     torch.manual_seed(SEED)
+    torch.set_num_threads(1)  # faster for a model this small, and the same bits on any number of cores
     upright, labels = digits()
     turned = -upright.rot90(1, (2, 3))  # the second task: light on dark becomes dark on light, a quarter turn
     known, unseen, truth = slice(HELD_OUT, None), turned[:HELD_OUT], labels[:HELD_OUT]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 Tensor = Any  # torch.Tensor, or numpy.ndarray when only inspecting
@@ -81,12 +81,12 @@ class Bottleneck:
 def map_tensors(value: T, change: Callable[[Tensor], Tensor], number: Callable[[float], float] | None = None) -> T:
     """A copy of a (nested) frozen dataclass with ``change`` applied to every tensor in it, ``number`` to every float."""
     if is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: map_tensors(getattr(value, f.name), change, number) for f in fields(value) if f.init}
-        return replace(value, **changed)
+        changed = {f.name: map_tensors(getattr(value, f.name), change, number) for f in fields(value)}
+        return cast(T, replace(value, **changed))
     if _is_tensor(value):
-        return change(value)  # type: ignore[return-value]
+        return cast(T, change(value))
     if number is not None and isinstance(value, float | int) and not isinstance(value, bool):
-        return number(value)  # type: ignore[return-value]
+        return cast(T, number(value))
     return value
 
 

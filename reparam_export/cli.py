@@ -396,6 +396,6 @@ def _console(as_json: bool) -> Console:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from reparam_export.checkpoints._files import read_json
+    from reparam_export.files import read_json
 
     return read_json(path)

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.checkpoints import Checkpoint, read
-from reparam_export.checkpoints._files import load_safetensors, read_json, sha256
+from reparam_export.files import load_safetensors, read_json, sha256
 from reparam_export.errors import CheckpointError, EquivalenceError, UsageError
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         write(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -131,8 +130,8 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
 def recipe_of(content: Mapping[str, Any]) -> Recipe:
     """The recipe in ``fused.json``. Raises CheckpointError."""
     try:
-        fields = dict(content["recipe"])
-        return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["recipe"].items()}
+        return Recipe(**given)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{FUSED}: damaged ({error!r}); run fuse again") from error
 

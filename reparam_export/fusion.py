@@ -133,19 +133,21 @@ def fold_module(
         whole = _insert(whole, folded, adapter.rows)
     if whole.bias is not None and layout == "embedding":
         raise FusionError(f"{name}: the adapter adds a bias, and an embedding has no place for one")
-    dtype = storage or target.weight.dtype  # type: ignore[assignment]
-    weight = stored(whole.weight, layout, target.weight.shape).to(dtype)  # type: ignore[arg-type]
+    old_weight = target.get_parameter("weight")
+    dtype = storage or old_weight.dtype
+    weight = stored(whole.weight, layout, old_weight.shape).to(dtype)
     new = {f"{name}.weight": weight}
     if whole.bias is not None:
         old = getattr(target, "bias", None)
         new[f"{name}.bias"] = whole.bias.to(dtype if old is None or storage else old.dtype).contiguous()
-    same_bias = base.bias is whole.bias or (base.bias is not None and torch.equal(base.bias, whole.bias))
+    before, after = base.bias, whole.bias
+    same_bias = before is after if before is None or after is None else torch.equal(before, after)
     return new, not (same_bias and torch.equal(base.weight, whole.weight))
 
 
 def touched_module(module: nn.Module, name: str) -> nn.Module:
     """The base's module of that name. Raises TensorMismatchError that names the nearest ones."""
-    modules = dict(module.named_modules())
+    modules: dict[str, nn.Module] = dict(module.named_modules())
     if name in modules:
         return modules[name]
     near = difflib.get_close_matches(name, modules, n=3, cutoff=0.5)
@@ -234,7 +236,7 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 def record(checkpoint: Checkpoint, weights: FusedWeights) -> dict[str, Any]:
     """What ``fused.json`` holds: where the weights come from, and what folding did."""
-    from reparam_export.checkpoints._files import sha256
+    from reparam_export.files import sha256
 
     base_weights = checkpoint.base_weights
     return {

@@ -59,7 +59,7 @@ def stored(matrix: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
 
 def affine_of(module: nn.Module, layout: Layout, dtype: torch.dtype) -> Affine:
     """The module's own map, its tensors cast to dtype."""
-    weight = matrix(module.weight.detach(), layout).to(dtype)  # type: ignore[operator, union-attr, arg-type]
+    weight = matrix(module.get_parameter("weight").detach(), layout).to(dtype)
     bias = getattr(module, "bias", None)
     return Affine(weight, None if bias is None else bias.detach().to(dtype))
 

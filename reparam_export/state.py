@@ -6,7 +6,6 @@ assign(module, state, optional=...)    into the module; nothing missing, left ov
 
 from __future__ import annotations
 
-import re
 import warnings
 import zipfile
 from collections.abc import Collection, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.errors import CheckpointError, TensorMismatchError
+from reparam_export.files import load_pickle, load_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -46,26 +46,15 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
         found = "a folder" if path.is_dir() else "nothing there"
         raise CheckpointError(f"weights {path}: expected a file; found {found}; check the path")
     if path.suffix == ".safetensors":
-        return _safetensors(path)
+        return load_safetensors(path, numpy=False)[0]
     if path.suffix == ".npz":
         return _npz(path)
     if path.suffix in TORCH_SUFFIXES:
-        return _torch_script(path) if _is_torch_script(path) else _torch(path)
+        return _torch_script(path) if _is_torch_script(path) else _tensors(path, load_pickle(path))
     raise CheckpointError(
         f"weights {path}: expected a file that ends in .safetensors, .npz, {', '.join(TORCH_SUFFIXES)}; found "
         f"{path.suffix or 'no suffix'!r}; convert it to .safetensors"
     )
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    import safetensors
-    from safetensors.torch import load_file
-
-    try:
-        state: dict[str, Tensor] = load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise _unreadable(path, "a whole safetensors file", error) from error
-    return state
 
 
 def _npz(path: Path) -> dict[str, Tensor]:
@@ -98,28 +87,6 @@ def _torch_script(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, OSError, ValueError) as error:
         raise _unreadable(path, "a whole TorchScript archive", error) from error
     return {name: tensor.detach() for name, tensor in state.items()}
-
-
-def _torch(path: Path) -> dict[str, Tensor]:
-    import pickle
-
-    import torch
-
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted is None:
-            raise _unreadable(path, "a whole file written by torch.save", error) from error
-        raise CheckpointError(
-            f"weights {path}: expected tensors only; found a pickle that wants {wanted[1]}, which could run code; "
-            "save its state_dict() with torch.save or safetensors"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise _unreadable(path, "a whole file written by torch.save", error) from error
-    return _tensors(path, content)
 
 
 def _tensors(path: Path, content: Any) -> dict[str, Tensor]:

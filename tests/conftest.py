@@ -124,11 +124,11 @@ def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
 
-@pytest.fixture()
+@pytest.fixture
 def hydra() -> Case:
     return CASES["hydra_vtab"]
 
 
-@pytest.fixture()
+@pytest.fixture
 def glora() -> Case:
     return CASES["glora_vit"]

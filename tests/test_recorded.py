@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import CASES, Case
 
 import reparam_export as rx
-from conftest import CASES, Case
 from reparam_export.assembly import base_of, fused
 from reparam_export.verification.outputs import run
 

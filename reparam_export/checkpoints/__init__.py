@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 from reparam_export import plugins
 from reparam_export.adapters import kind
 from reparam_export.affine import Tensor, tensors_of
-from reparam_export.checkpoints._files import (
+from reparam_export.files import (
     PICKLES,
     flat_tensors,
     load_pickle,

@@ -140,7 +140,7 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file (given with --config)")
     if path.name.endswith((".pth.tar", ".pt", ".pth")):
-        from reparam_export.checkpoints._files import load_pickle
+        from reparam_export.files import load_pickle
 
         return load_pickle(path)
     import yaml

@@ -20,13 +20,43 @@ from reparam_export.errors import CheckpointError, FusionError, TensorMismatchEr
 
 LOOKED_FOR = 'a folder with adapter_config.json, "peft_type": "LORA" (peft)'
 READ = frozenset(
-    "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern bias lora_bias modules_to_save trainable_token_indices "
-    "base_model_name_or_path target_modules".split()
+    (
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "bias",
+        "lora_bias",
+        "modules_to_save",
+        "trainable_token_indices",
+        "base_model_name_or_path",
+        "target_modules",
+    )
 )
 HARMLESS = frozenset(  # say how it was trained or saved; the forward of the saved tensors does not depend on them
-    "peft_version auto_mapping inference_mode revision task_type exclude_modules layers_to_transform layers_pattern lora_dropout "
-    "fan_in_fan_out megatron_core qalora_group_size runtime_config ephemeral_gpu_offload eva_config corda_config loftq_config "
-    "lora_ga_config ensure_weight_tying".split()
+    (
+        "peft_version",
+        "auto_mapping",
+        "inference_mode",
+        "revision",
+        "task_type",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+        "ephemeral_gpu_offload",
+        "eva_config",
+        "corda_config",
+        "loftq_config",
+        "lora_ga_config",
+        "ensure_weight_tying",
+    )
 )
 KEEPS_BASE = (True, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base weights as they are
 PAIR = re.compile(r"(?P<module>.+)\.lora_(?:A|B|embedding_A|embedding_B)(?:\.weight|\.bias)?")

@@ -155,10 +155,11 @@ def provenance(model: VerifiedModel) -> dict[str, str]:
 
 def graph_differences(model: VerifiedModel, fused: Path, scratch: Path, options: Options) -> list[str]:
     """Differences of the exported graph from that of the exported base (with zeros where folding created a bias)."""
-    from reparam_export.assembly import base_of, fused as assembled, with_replaced
-    from reparam_export.exporters.onnx import differences
-
     import torch
+
+    from reparam_export.assembly import base_of, with_replaced
+    from reparam_export.assembly import fused as assembled
+    from reparam_export.exporters.onnx import differences
 
     base = with_replaced(base_of(model.checkpoint).build()[0], model.checkpoint)
     zeros = {name: torch.zeros_like(model.weights[name]) for name in model.weights.created}
@@ -222,7 +223,6 @@ def to_engine(model: VerifiedModel, folder: Path, options: Options, source: Arti
 
     path = folder / "model.engine"
     axes = {a: int(n) for i in model.signature.inputs for a, n in (i.default or {}).items()}
-    gpus = {"gpus": options.gpus} if options.gpus else {}
     details = tensorrt.write(
         folder / source.path, path, batch=options.batch, axes=axes, log=folder / "engine.log", **gpus
     )
@@ -346,7 +346,7 @@ def _numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 
 def _sha256(path: Path) -> str:
-    from reparam_export.checkpoints._files import sha256
+    from reparam_export.files import sha256
 
     return sha256(path)
 

@@ -46,9 +46,15 @@ class _Pairs:
         if self.there.setdefault(x, y) is not y or self.back.setdefault(y, x) is not x:
             return [f"{where}: edge {x.name!r} against {y.name!r}"]
         fixed = x.is_initializer() or y.is_initializer() or x.is_graph_input()
-        if fixed and (x.dtype != y.dtype or x.shape != y.shape or x.is_initializer() != y.is_initializer()):
-            return [f"{where}: {x.name!r} is {x.dtype} {x.shape} against {y.name!r} {y.dtype} {y.shape}"]
+        if fixed and _kind(x) != _kind(y):
+            return [f"{where}: {x.name!r} is {_kind(x)} against {y.name!r} {_kind(y)}"]
         return []
+
+
+def _kind(value: ir.Value) -> tuple[str, str, str]:
+    """Input or initializer, dtype, shape; an initializer's are those of its tensor, whatever is declared elsewhere."""
+    held = value.const_value
+    return "initializer" if held is not None else "edge", str((held or value).dtype), str((held or value).shape)
 
 
 def _nodes(one: ir.Node, two: ir.Node, pairs: _Pairs, where: str) -> list[str]:

@@ -187,8 +187,8 @@ def measured(source: Path, samples: Sequence[Mapping[str, np.ndarray[Any, Any]]]
 def emulated(path: Path) -> bytes:
     """A fp16 or bf16 file as a serialised fp32 graph that rounds where the file's graph does, for a run on the CPU.
 
-    Every operator with 16-bit results is computed in fp32 and its results are rounded by a Cast: what hardware with fp32
-    accumulation computes. onnxruntime's CPU provider has no bf16 operators, and takes many fp16 ones in fp32 without
+    Every operator with 16-bit results is computed in fp32 and its results are rounded by a Cast: what hardware with
+    fp32 accumulation computes. onnxruntime's CPU provider has no bf16 operators, and takes many fp16 ones in fp32 without
     rounding between them, so an overflow would go unseen. Weights keep their stored values; external data is still read
     from the file's folder.
     """

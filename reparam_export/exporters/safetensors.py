@@ -10,7 +10,6 @@ switch also adds elsewhere are written as zeros, so that stock loaders take the 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -19,7 +18,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.checkpoints._files import read_json, sha256
+from reparam_export.files import read_json, sha256
 from reparam_export.errors import ExportError
 from reparam_export.exporters.artifact import Artifact
 
@@ -53,7 +52,7 @@ def export_folder(model: VerifiedModel, folder: Path) -> Artifact:
         target = folder / name
         if target.is_dir():
             shutil.rmtree(target)
-        os.replace(made, target)
+        made.replace(target)
     files = [target] if target.is_file() else sorted(p for p in target.iterdir() if p.is_file())
     loaded = "read back, and loaded by transformers, bit for bit" if source else "read back bit for bit"
     return Artifact(
@@ -138,7 +137,7 @@ def shard_of(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def read_back(path: Path) -> dict[str, Tensor]:
     """Every tensor of a file or of a folder's shards."""
-    from reparam_export.checkpoints._files import load_safetensors
+    from reparam_export.files import load_safetensors
 
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_safetensors(file, numpy=False)[0].items()}

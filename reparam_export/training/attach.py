@@ -25,7 +25,7 @@ from reparam_export.adapters import hydra, kind, lora, repadapter
 from reparam_export.affine import Affine, Bottleneck, map_tensors, tensors_of
 from reparam_export.assembly import tied_names
 from reparam_export.checkpoints import NATIVE
-from reparam_export.checkpoints._files import PICKLES
+from reparam_export.files import PICKLES
 from reparam_export.checkpoints.native import BASES, to_plain
 from reparam_export.errors import FusionError, SharedWeightError, UsageError
 from reparam_export.layouts import layout_of, matrix
@@ -53,12 +53,12 @@ class Attached(nn.Module):
         self.weight = layer.weight
         self.bias = getattr(layer, "bias", None)
         self.layout, self.kind = layout, kind_name
-        self.adapter = nn.ParameterDict({name.replace(".", "_"): t for name, t in tensors_of(params).items()})
+        self.adapter = nn.ParameterDict({_key(name): tensor for name, tensor in tensors_of(params).items()})
         self._fields = map_tensors(params, lambda t: t.to("meta"))  # how the tensors of ``adapter`` make up Params
 
     def params(self) -> Any:
         """The kind's Params as they are now; gradients flow through them."""
-        tensors = iter(self.adapter.values())
+        tensors = iter([self.adapter[_key(name)] for name in tensors_of(self._fields)])
         return map_tensors(self._fields, lambda _: next(tensors))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,6 +185,10 @@ def _pair(
         Affine(down, like.new_zeros(rank) if bias else None),
         Affine(like.new_zeros(out_features, rank), like.new_zeros(out_features) if bias else None),
     )
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "_")  # the name of a parameter holds no dot
 
 
 def _initial(kind_name: str, settings: Mapping[str, Any]) -> Callable[[Affine], Any]:

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reparam_export.adapters import kind
 from reparam_export.assembly import adapted, base_of, fused, with_replaced
@@ -111,7 +111,7 @@ def prove_weights(
     evidence = []
     for adapter in checkpoint.adapters:
         module = base.get_submodule(adapter.module)
-        expected, found = tuple(module.weight.shape), weights.tensors.get(f"{adapter.module}.weight")  # type: ignore[union-attr, arg-type]
+        expected, found = tuple(module.get_parameter("weight").shape), weights.tensors.get(f"{adapter.module}.weight")
         if found is None or tuple(found.shape) != expected:
             raise EquivalenceError(
                 f"{adapter.module}.weight: expected shape {expected}, found "

@@ -114,7 +114,7 @@ class Certificate:
 
     @property
     def verdict(self) -> Verdict:
-        parts = (*self.layers, self.carried, *self.outputs, self.graph)
+        parts: tuple[Any, ...] = (*self.layers, self.carried, *self.outputs, self.graph)
         if not all(part.passed for part in parts):
             return "wrong"
         return "exact" if all(layer.verdict == "exact" for layer in self.layers) else "rounded"

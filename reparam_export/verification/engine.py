@@ -17,7 +17,9 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 CHUNK = 1 << 24  # bytes of the plan looked at in one go
-MEANINGFUL = 32  # bytes; an adapter row below this, or with fewer than 4 different values, proves nothing
+MEANINGFUL = 32  # bytes; an adapter tensor below this, or with fewer than 4 different values, proves nothing
+ROW = 256  # bytes; rows and columns of an adapter at least this long are looked for one by one,
+ROWS = 64  # this many of them, evenly spread
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def audit(
 
     Arrays are in their stored dtype; each is looked for in that and in ``dtypes`` (the plan's: ``"float32"``,
     ``"float16"``, ``"bfloat16"``), as stored and transposed. A fused tensor counts when it is found whole; an adapter
-    tensor is reported as soon as one row or one column of it is found. ``precisions`` is copied into the result.
+    tensor is reported as soon as it, or one long row or column of it, is found. ``precisions`` is copied into the result.
     """
     skipped = tuple(name for name, array in adapters.items() if not any(_telling(row) for row in _rows(array, dtypes)))
     needles = [n for name, array in fused.items() for n in _whole(name, array, dtypes)]
@@ -68,7 +70,7 @@ def audit(
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
         content = np.frombuffer(held, np.uint8)
         try:
-            found = set(_search(content, needles))
+            found = set(_search(content, [n for n in needles if _telling(n.data)]))
             found |= {
                 n.name
                 for n in needles
@@ -111,10 +113,12 @@ def _whole(name: str, array: Array, dtypes: Collection[str]) -> Iterator[_Needle
 
 
 def _rows(array: Array, dtypes: Collection[str]) -> Iterator[Array]:
-    """Every row and every column of a matrix as bytes, the whole of anything else."""
+    """What an adapter tensor is looked for by, as bytes: the whole of each layout, and its long rows."""
     for layout in _layouts(array, dtypes):
+        yield layout.reshape(-1).view(np.uint8)
         rows = layout.reshape(layout.shape[0], -1) if layout.ndim >= 2 else layout.reshape(1, -1)
-        yield from rows.view(np.uint8) if rows.size else ()
+        if len(rows) > 1 and rows[0].nbytes >= ROW:
+            yield from rows.view(np.uint8)[:: -(-len(rows) // ROWS)]
 
 
 def _telling(data: Array) -> bool:

@@ -31,6 +31,7 @@ def compare_graphs(
     if len(lines[0]) != len(lines[1]):
         differences.append(f"{len(lines[0])} nodes in the base, {len(lines[1])} in the fused model")
     sizes = {name: tuple(tensor.shape) for name, tensor in fused.state_dict().items()}
+    created = [name for name in created if name in sizes]
     added = [f"{name} {sizes[name]}: a bias that the base does not have" for name in created]
     extra = sum(fused.get_parameter(name).numel() for name in created)
     extra_bytes = sum(fused.get_parameter(n).numel() * fused.get_parameter(n).element_size() for n in created)

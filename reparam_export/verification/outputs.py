@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reparam_export.models import Signature, outputs_of_call, pure_float64
 from reparam_export.verification.certificate import OutputEvidence
@@ -161,7 +161,7 @@ def _trace(
     handles = []
     for name in modules:
 
-        def keep(_: nn.Module, __: object, output: object, name: str = name) -> None:
+        def keep(_: nn.Module, __: object, output: Any, name: str = name) -> None:
             if hasattr(output, "double"):
                 outputs.setdefault(name, output.detach().double())
 

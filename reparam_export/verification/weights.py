@@ -39,7 +39,8 @@ class Exact:
     name: str
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.spec.apply(x, self.base, self.params)
+        y: Tensor = self.spec.apply(x, self.base, self.params)
+        return y
 
     def uncertainty(self, x: Tensor) -> Tensor:
         """How far float64 rounding can take ``self(x)`` from the true value, entry by entry."""
@@ -52,7 +53,8 @@ class Exact:
             absolute = (map_tensors(value, torch.abs, abs) for value in (self.base, self.params))
             size = self.spec.apply(x.abs(), *absolute)
         n = 2 * (self.base.in_features + self.base.out_features) + 16
-        return size * (n * U64 / (1 - n * U64))
+        bound: Tensor = size * (n * U64 / (1 - n * U64))
+        return bound
 
 
 def exact_layer(module: nn.Module, adapter: Adapter) -> Exact:
@@ -75,10 +77,7 @@ def prove_layer(
     stored = stored_affine(module, adapter, tensors)
     inn, out = exact.base.in_features, exact.base.out_features
     with torch.no_grad():
-        if inn * inn * out <= limit:
-            numbers = read_out(exact, stored)
-        else:
-            numbers = probe(exact, stored, seed)
+        numbers = read_out(exact, stored) if inn * inn * out <= limit else probe(exact, stored, seed)
     return LayerEvidence(
         module=adapter.module,
         kind=adapter.kind,

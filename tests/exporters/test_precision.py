@@ -27,7 +27,7 @@ def initializers(path: Path) -> dict[str, Any]:
 class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.one, self.two = nn.Linear(8, 24), nn.Linear(24, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.two(self.one(x))
@@ -163,6 +163,7 @@ def test_external_data_is_lowered_into_external_data(tmp_path: Path) -> None:
     path = tmp_path / "low" / "model.onnx"
     precision.lower(tmp_path / "full.onnx", path, "bf16", external=1)
     assert sorted(p.name for p in path.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert (path.parent / "model.onnx.data").stat().st_size == 2 * 8 * 24 * 2
     with onnx.Runner(path) as runner:
         assert runner.run({"x": np.ones((2, 4, 8), np.float32)})["y"].shape == (2, 4, 8)
     assert "one.weight" in json.loads({p.key: p.value for p in onnx_format.load(path).metadata_props}["transposed"])

@@ -1,4 +1,4 @@
-"""Opening checkpoint files: tensors by name, without ever running code from the file.
+"""Opening files that others wrote: tensors by name, without ever running code from the file.
 
 ``.safetensors`` is read through numpy while inspecting, so that torch need not be imported; pickles with ``weights_only=True``.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,33 +27,34 @@ def load_safetensors(path: Path, *, numpy: bool) -> tuple[dict[str, Any], dict[s
         with safe_open(path, framework="numpy" if numpy else "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as safetensors ({error}); the file is truncated or damaged"
-        ) from error
+        raise _damaged(path, "safetensors", error) from error
 
 
 def load_pickle(path: Path) -> Any:
-    """What ``torch.load(weights_only=True)`` gives. A pickle that wants more than plain data is refused by the name it wants."""
+    """What ``torch.load(weights_only=True)`` gives, memory-mapped where the file allows.
+
+    A pickle that wants more than plain data is refused by the name it wants; nothing of it runs. Raises CheckpointError.
+    """
     import pickle
     import warnings
+    import zipfile
 
     import torch
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        wanted = _wanted(str(error))
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None:
+            raise _damaged(path, "a torch file", error) from error
         raise CheckpointError(
-            f"{path}: this pickle wants to import {wanted}, which is code, not weights; it was not run; "
-            "save the plain state dict (tensors by name) and pass that"
+            f"{path}: this pickle wants {wanted[1]}, which is code, not weights; it was not run. "
+            "Save the plain state dict (tensors by name) and pass that"
         ) from error
-    except Exception as error:  # torch raises anything from KeyError to RuntimeError on a damaged file
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{path}: cannot be read as a torch file ({first}); the file is truncated or damaged"
-        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        raise _damaged(path, "a torch file", error) from error
 
 
 def sha256(path: Path) -> str:
@@ -80,6 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_tensor(value: Any) -> bool:
+    """A torch tensor or numpy array."""
     return hasattr(value, "dtype") and hasattr(value, "shape")
 
 
@@ -103,11 +106,8 @@ def _plain(tensor: Any) -> Any:
     return tensor.detach() if hasattr(tensor, "detach") else tensor
 
 
-def _wanted(message: str) -> str:
-    """The global that a weights-only load refused, out of torch's message."""
-    import re
-
-    match = re.search(r"(?:GLOBAL|Unsupported (?:global|class|operand)[^\w]*)\s*([\w.]+)", message) or re.search(
-        r"`?([A-Za-z_][\w]*(?:\.[A-Za-z_]\w*)+)`?", message
+def _damaged(path: Path, expected: str, error: Exception) -> CheckpointError:
+    detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CheckpointError(
+        f"{path}: cannot be read as {expected} ({detail}); the file is truncated or damaged, fetch it again"
     )
-    return match[1] if match else "something that is not a tensor"

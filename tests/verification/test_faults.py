@@ -1,0 +1,248 @@
+"""A verifier that cannot fail is worse than none: each seeded fault is caught, and named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import CASES, Case
+
+import reparam_export as rx
+from reparam_export.adapters import glora
+from reparam_export.affine import Affine, map_tensors
+from reparam_export.checkpoints import Adapter
+from reparam_export.errors import EquivalenceError
+from reparam_export.verification import weights as proof
+from reparam_export.verification.weights import prove_layer
+
+LAYER = "blocks.1.mlp.fc2"
+Change = Callable[[dict[str, torch.Tensor]], None]
+
+
+def refused(case: Case, change: Change, **options: Any) -> EquivalenceError:
+    """The error that the proof of tampered weights raises."""
+    checkpoint = case.read()
+    fused = rx.fuse(checkpoint)
+    tensors = {name: tensor.clone() for name, tensor in fused.tensors.items()}
+    change(tensors)
+    with pytest.raises(EquivalenceError) as caught:
+        rx.verify(checkpoint, replace(fused, tensors=tensors), case.inputs(), **options)
+    assert caught.value.exit_code == 1
+    return caught.value
+
+
+def test_one_weight_off_by_four_rounding_units_is_named(hydra: Case) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        weight = tensors[f"{LAYER}.weight"]
+        value = weight[5, 7].double()
+        weight[5, 7] = (value + 8 * proof.half_ulp(value, torch.float32)).float()
+
+    error = refused(hydra, change)
+    assert error.layer == LAYER
+    (wrong,) = [e for e in error.evidence.layers if not e.passed]
+    assert wrong.worst is not None
+    assert (wrong.worst["tensor"], wrong.worst["index"]) == ("weight", [5, 7])
+    # the outputs alone would not have shown it
+    assert all(o.passed for o in error.evidence.outputs)
+
+
+def test_one_unit_in_the_last_place_is_not_exact_but_within_the_bound(hydra: Case) -> None:
+    checkpoint = hydra.read()
+    fused = rx.fuse(checkpoint)
+    tensors = {name: tensor.clone() for name, tensor in fused.tensors.items()}
+    weight = tensors[f"{LAYER}.weight"]
+    exact = proof.exact_layer(base_module(checkpoint, LAYER), adapter_of(checkpoint, LAYER))
+    unit = torch.zeros(1, exact.base.in_features, dtype=torch.float64)
+    unit[0, 7] = 1
+    true = (exact(unit) - exact(0 * unit))[0, 5]
+    above = weight[5, 7].double() < true  # the other neighbour of the exact value
+    weight[5, 7] = torch.nextafter(weight[5, 7], torch.tensor(float("inf") if above else float("-inf")))
+    evidence = rx.verify(checkpoint, replace(fused, tensors=tensors), hydra.inputs()).certificate
+    assert evidence.verdict == "rounded"
+    assert [e.module for e in evidence.layers if e.verdict == "rounded"] == [LAYER]
+
+
+def base_module(checkpoint: rx.Checkpoint, name: str) -> torch.nn.Module:
+    from reparam_export.assembly import base_of
+
+    return base_of(checkpoint).build()[0].get_submodule(name)
+
+
+def adapter_of(checkpoint: rx.Checkpoint, name: str) -> Adapter:
+    return next(a for a in checkpoint.adapters if a.module == name)
+
+
+def test_two_swapped_layers_are_named(hydra: Case) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for end in ("weight", "bias"):
+            a, b = f"blocks.0.mlp.fc2.{end}", f"blocks.1.mlp.fc2.{end}"
+            tensors[a], tensors[b] = tensors[b], tensors[a]
+
+    error = refused(hydra, change)
+    assert {e.module for e in error.evidence.layers if not e.passed} == {"blocks.0.mlp.fc2", "blocks.1.mlp.fc2"}
+    assert error.layer == "blocks.0.mlp.fc2"
+    assert not any(o.passed for o in error.evidence.outputs)
+
+
+def test_a_dropped_bias_is_named(hydra: Case) -> None:
+    checkpoint = hydra.read()
+    base = base_module(checkpoint, LAYER).bias.detach()
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{LAYER}.bias"] = base.clone()
+
+    error = refused(hydra, change)
+    assert error.layer == LAYER
+    assert error.evidence.layers[3].worst["tensor"] == "bias"
+
+
+def test_a_created_bias_that_was_lost_is_named() -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["blocks.0.attn.qkv.bias"]
+
+    error = refused(CASES["repadapter_linear"], change)
+    assert error.layer == "blocks.0.attn.qkv"
+
+
+def test_a_scale_off_by_one_percent_is_caught(hydra: Case) -> None:
+    checkpoint = hydra.read()
+    other = rx.read(
+        hydra.folder / "ckpt.pt", hydra.options["base"], base_weights=hydra.folder / "base.pt", settings={"scale": 3.03}
+    )
+    with pytest.raises(EquivalenceError) as caught:
+        rx.verify(checkpoint, rx.fuse(other), hydra.inputs())
+    assert not any(e.passed for e in caught.value.evidence.layers)
+    assert caught.value.layer == "blocks.0.attn.proj"
+
+
+def test_a_nan_is_caught(hydra: Case) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{LAYER}.weight"][0, 0] = float("nan")
+
+    error = refused(hydra, change)
+    assert error.layer == LAYER
+    assert not any(o.passed for o in error.evidence.outputs)
+
+
+def test_the_forks_wrong_order_of_weight_and_bias_is_caught() -> None:
+    """The GLoRA fork updates the weight first and then computes W @ C with it."""
+    case = CASES["glora_llama"]
+    checkpoint = case.read()
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for adapter in checkpoint.adapters:
+            path = adapter.params.path
+            if path.C == "none":
+                continue
+            c = glora.support(path.C, adapter.params.Cd, adapter.params.Cu)
+            updated = tensors[f"{adapter.module}.weight"]
+            original = base_module(checkpoint, adapter.module).weight.detach()
+            tensors[f"{adapter.module}.bias"] += ((updated - original) @ c).squeeze()
+
+    error = refused(case, change)
+    wrong = {e.module for e in error.evidence.layers if not e.passed}
+    changed_weight = {
+        a.module
+        for a in checkpoint.adapters
+        if a.params.path.C != "none" and (a.params.path.A, a.params.path.B) != ("none", "none")
+    }
+    assert wrong == changed_weight
+    assert len(wrong) > 3
+
+
+def test_the_authors_wrong_layer_merge_is_caught(hydra: Case) -> None:
+    """set_hydraWeight merges attention with another layer's weight: here the next block's, so that the shapes fit."""
+    checkpoint = hydra.read()
+    name = "blocks.0.attn.proj"
+    adapter = adapter_of(checkpoint, name)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        other, own = base_module(checkpoint, "blocks.1.attn.proj"), base_module(checkpoint, name)
+        p = map_tensors(adapter.params, lambda t: t.double())
+        wrong = (
+            Affine(other.weight.detach().double(), other.bias.detach().double())
+            .then(p.sequential.down)
+            .then(p.sequential.up)
+        )
+        parallel = p.parallel.down.then(p.parallel.up)
+        tensors[f"{name}.weight"] = (own.weight.detach() + 3 * (parallel.weight + wrong.weight)).float()
+        tensors[f"{name}.bias"] = (own.bias.detach() + 3 * (parallel.bias + wrong.bias)).float()
+
+    error = refused(hydra, change)
+    assert error.layer == name
+    assert [e.module for e in error.evidence.layers if not e.passed] == [name]
+
+
+def test_a_tensor_that_no_adapter_touches_is_compared_too(hydra: Case) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["blocks.2.norm1.weight"][3] *= 1 + 1e-6
+
+    assert refused(hydra, change).evidence.carried.different == ("blocks.2.norm1.weight: differs",)
+
+
+def test_the_wrong_head_is_caught(hydra: Case) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["head.bias"] += 1e-3
+
+    assert refused(hydra, change).evidence.carried.different == ("head.bias: differs",)
+
+
+def test_a_failed_proof_without_wrong_weights_names_the_first_layer_that_parts(hydra: Case) -> None:
+    """Weights are blind when the spec's own layer is misplaced; the outputs are not."""
+    checkpoint = hydra.read()
+    fused = rx.fuse(checkpoint)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["blocks.1.norm1.bias"] += 0.1
+
+    error = refused(hydra, change)
+    assert error.layer == "blocks.1.attn.proj"
+    assert fused.sha256() != error.evidence.weights_sha256
+
+
+def test_probes_catch_a_wrong_row_and_state_what_they_can_miss() -> None:
+    module = torch.nn.Linear(64, 48)
+    layer = Affine(module.weight.detach().double(), module.bias.detach().double())
+    params = glora.example(3, layer)
+    fused = glora.fuse(layer, params)
+    tensors = {"layer.weight": fused.weight.float(), "layer.bias": fused.bias.float()}
+    clean = prove_layer(module, Adapter("layer", "glora", params), tensors, seed=0, limit=0)
+    assert (clean.method, clean.verdict, clean.probes) == ("probes", "rounded", proof.PROBES)
+    row = tensors["layer.weight"][7]
+    row += (
+        2
+        * clean.detectable
+        * fused.weight.norm(dim=1).max().float()
+        * torch.nn.functional.normalize(torch.randn(64), dim=0)
+    )
+    wrong = prove_layer(module, Adapter("layer", "glora", params), tensors, seed=0, limit=0)
+    assert wrong.verdict == "wrong"
+    assert wrong.worst is not None
+    assert wrong.worst["index"] == [7]
+
+
+def test_rows_outside_a_packed_adapter_must_stay(tmp_path: object) -> None:
+    """An adapter on v of a packed qkv leaves q and k alone, and the proof looks."""
+    checkpoint = CASES["repadapter_linear"].read()
+    part = [a for a in checkpoint.adapters if a.module == "blocks.0.attn.qkv"][0]
+    packed = replace(checkpoint, adapters=(replace(part, rows=(128, 192)),))
+    fused = rx.fuse(packed)
+    assert rx.verify(packed, fused).certificate.verdict == "exact"
+    tensors = {name: tensor.clone() for name, tensor in fused.tensors.items()}
+    tensors["blocks.0.attn.qkv.weight"][3, 3] += 0.5
+    with pytest.raises(EquivalenceError) as caught:
+        rx.verify(packed, replace(fused, tensors=tensors))
+    assert caught.value.evidence.carried.different == (
+        "blocks.0.attn.qkv.weight: rows outside the adapted ones differ",
+    )
+
+
+def test_weights_changed_after_the_proof_cannot_be_used(hydra: Case) -> None:
+    checkpoint = hydra.read()
+    model = rx.verify(checkpoint, rx.fuse(checkpoint))
+    model.weights.tensors["head.weight"][0, 0] += 1
+    with pytest.raises(EquivalenceError):
+        model.module()
