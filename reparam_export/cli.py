@@ -171,7 +171,9 @@ def export(folder: Path, as_json: bool, **options: Any) -> None:
     from reparam_export.folder import load_proof
 
     console = _console(as_json)
-    _check_export(options)
+    builder = _check_export(options)
+    if builder:
+        console.line(f"engine: {builder}")
     artifacts = _export(console, load_proof(folder), folder, **options)
     console.result({"folder": str(folder), "artifacts": artifacts})
 
@@ -184,7 +186,7 @@ def report(folder: Path, as_json: bool) -> None:
     console = _console(as_json)
     written = _report(console, folder)
     console.result({"folder": str(folder), "verdict": written.verdict, "report": str(written.html)})
-    if written.verdict == "wrong":
+    if written.verdict in ("wrong", "unproven"):
         raise EquivalenceError(written.headline)
 
 
@@ -212,7 +214,9 @@ def convert(
 
     console = _console(as_json)
     options = {name: given.pop(name) for name in ("targets", "precision", "opset", "batch", "gpu")}
-    _check_export(options)
+    builder = _check_export(options)
+    if builder:
+        console.line(f"engine: {builder}")
     recipe = _recipe(dtype=dtype, **given)
     folder = _out(out, recipe)
     done = prepare(folder, recipe, resume=resume, overwrite=overwrite)
@@ -362,13 +366,14 @@ def _export(
     return artifacts
 
 
-def _check_export(options: dict[str, Any]) -> None:
-    """Refuse a wrong option before any work is done."""
+def _check_export(options: dict[str, Any]) -> str | None:
+    """Refuse a wrong option before any work is done; says which engine builder will be used."""
     _batch(options["batch"])
     if "trt" in options["targets"]:
         from reparam_export.exporters import tensorrt
 
-        tensorrt.check(tuple(filter(None, (options["gpu"] or "").split(","))))
+        return tensorrt.check(tuple(filter(None, (options["gpu"] or "").split(","))))
+    return None
 
 
 def _batch(text: str) -> tuple[int, int, int]:

@@ -108,6 +108,8 @@ def _plain(tensor: Any) -> Any:
 
 def _damaged(path: Path, expected: str, error: Exception) -> CheckpointError:
     detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    size = path.stat().st_size if path.is_file() else 0
     return CheckpointError(
-        f"{path}: cannot be read as {expected} ({detail}); the file is truncated or damaged, fetch it again"
+        f"{path}: {size} bytes that cannot be read as {expected} ({detail}); "
+        "the file is truncated or damaged, fetch it again"
     )

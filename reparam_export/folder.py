@@ -14,13 +14,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.checkpoints import Checkpoint, read
-from reparam_export.files import load_safetensors, read_json, sha256
 from reparam_export.errors import CheckpointError, EquivalenceError, UsageError
+from reparam_export.files import load_safetensors, read_json, sha256
 
 if TYPE_CHECKING:
     from reparam_export.exporters.artifact import Artifact
@@ -237,6 +237,8 @@ def prepare(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> s
 
 def plain_json(value: Any) -> Any:
     """JSON types only; infinity and NaN as strings, tuples as lists."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain_json(asdict(value))
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

@@ -18,6 +18,8 @@ from typing import Any, Protocol, cast
 from reparam_export import plugins
 from reparam_export.adapters import kind
 from reparam_export.affine import Tensor, tensors_of
+from reparam_export.checkpoints._settings import Settings, read_settings
+from reparam_export.errors import CheckpointError, MissingSettingError, TensorMismatchError, UnknownFormatError
 from reparam_export.files import (
     PICKLES,
     flat_tensors,
@@ -26,8 +28,6 @@ from reparam_export.files import (
     read_json,
     sha256,
 )
-from reparam_export.checkpoints._settings import Settings, read_settings
-from reparam_export.errors import CheckpointError, MissingSettingError, TensorMismatchError, UnknownFormatError
 
 NATIVE = "reparam-export/1"
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -224,14 +224,22 @@ def to_engine(model: VerifiedModel, folder: Path, options: Options, source: Arti
     path = folder / "model.engine"
     axes = {a: int(n) for i in model.signature.inputs for a, n in (i.default or {}).items()}
     details = tensorrt.write(
-        folder / source.path, path, batch=options.batch, axes=axes, log=folder / "engine.log", **gpus
+        folder / source.path,
+        path,
+        batch=options.batch,
+        axes=axes,
+        log=folder / "engine.log",
+        gpus=options.gpus or None,
+        precision=options.precision,
     )
     evidence: tuple[OutputEvidence, ...] = ()
-    ran = torch.cuda.is_available() and not details.get("ahead_of_time", False)
+    ran = torch.cuda.is_available() and not details["ahead_of_time"]
     if ran:
         evidence = run_engine(path, model, source, options)
         _refuse(path.name, evidence, [])
-    found = audit(path, **audited(model, options.precision))
+    fused, adapters = audited(model, source)
+    dtypes = ("float32",) if options.precision == "fp32" else ("float32", TORCH_NAMES[options.precision])
+    found = audit(path, fused, adapters, dtypes=dtypes, precisions=details["precisions"])
     if found.adapter_tensors_found:
         path.unlink()
         raise EquivalenceError(
@@ -250,9 +258,9 @@ def to_engine(model: VerifiedModel, folder: Path, options: Options, source: Arti
         sha256=_sha256(path),
         weights_sha256=model.certificate.weights_sha256,
         ran=ran,
-        note=f"built from {source.path} by {details.get('builder', 'TensorRT')}; {note}",
+        note=f"built from {source.path} by {details['builder']}; {note}",
         outputs=evidence,
-        audit=replace(found, precisions=dict(details.get("precisions", {}))),
+        audit=found,
         kept_fp32=source.kept_fp32,
         details=details,
     )
@@ -277,24 +285,18 @@ def run_engine(path: Path, model: VerifiedModel, source: Artifact, options: Opti
     return tuple(evidence)
 
 
-def audited(model: VerifiedModel, precision: str) -> dict[str, Any]:
-    """The changed tensors as the engine should hold them, and the adapters' own tensors, which it must not."""
-    import ml_dtypes
-
+def audited(model: VerifiedModel, source: Artifact) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The changed tensors that the exported graph reads, which the engine should hold, and the adapters', which it must not."""
     from reparam_export.affine import tensors_of
 
-    narrow: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]] = {
-        "fp32": lambda a: a,
-        "fp16": lambda a: a.astype("float16"),
-        "bf16": lambda a: a.astype(ml_dtypes.bfloat16),
-    }[precision]
-    fused = {name: narrow(_numpy(model.weights[name].float())) for name in model.weights.changed}
+    unread = set(source.details["unused"])
+    fused = {name: _numpy(model.weights[name].float()) for name in model.weights.changed if name not in unread}
     adapters = {
-        f"{a.module}:{name}": narrow(_numpy(tensor.float()))
+        f"{a.module}:{name}": _numpy(tensor.float())
         for a in model.checkpoint.adapters
         for name, tensor in tensors_of(a.params).items()
     }
-    return {"fused": fused, "adapters": adapters}
+    return fused, adapters
 
 
 def summary(path: Path) -> dict[str, Any]:
@@ -303,7 +305,9 @@ def summary(path: Path) -> dict[str, Any]:
     import torch
 
     content = onnx.load(str(path), load_external_data=False)
+    metadata = {entry.key: entry.value for entry in content.metadata_props}
     return {
+        "unused": json.loads(metadata["unused"]),  # tensors of the model that its forward never reads
         "opset": {o.domain or "ai.onnx": o.version for o in content.opset_import},
         "nodes": len(content.graph.node),
         "initializers": len(content.graph.initializer),

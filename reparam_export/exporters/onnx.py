@@ -258,7 +258,9 @@ def session(model: Path | bytes, folder: Path, threads: int | None = None) -> An
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise MissingBackendError("onnxruntime is not installed", package="onnxruntime", extra="ort") from error
+        raise MissingBackendError(
+            "onnxruntime cannot be imported; install onnxruntime-gpu", package="onnxruntime-gpu", extra="none"
+        ) from error
     ort.set_default_logger_severity(4)
     options = ort.SessionOptions()
     options.log_severity_level = 4

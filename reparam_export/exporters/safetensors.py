@@ -18,9 +18,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.files import read_json, sha256
 from reparam_export.errors import ExportError
 from reparam_export.exporters.artifact import Artifact
+from reparam_export.files import read_json, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -87,6 +87,19 @@ def write(
     }
 
 
+def check(gpus: Sequence[str]) -> str:
+    """Which builder an export would use here, in one line; refuses early what ``write`` would refuse late.
+
+    Raises UsageError for an unknown GPU, MissingBackendError when no builder is installed.
+    """
+    trt, native = backend(gpus or None)
+    if native:
+        return f"TensorRT {trt.__version__}, built natively for the GPU of this machine ({this_gpu()})"
+    names = gpus or GPUS
+    _capabilities(trt, names)
+    return f"{trt.__name__} {trt.__version__}, built ahead of time for {', '.join(names)}"
+
+
 def available(trt: ModuleType) -> dict[str, Any]:
     """The GPUs a builder can build for ahead of time, by name."""
     members = getattr(trt, "ComputeCapability", None)

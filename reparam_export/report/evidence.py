@@ -114,7 +114,7 @@ def _spell(char: str) -> str:
 def _why_unproven(fused: dict[str, Any], certificate: Certificate | None) -> str:
     if certificate is None:
         return "verification.json is missing"
-    if certificate.weights_sha256 != fused["weights_sha256"]:
+    if certificate.verdict != "wrong" and certificate.weights_sha256 != fused["weights_sha256"]:
         proven, here = certificate.weights_sha256[:12], fused["weights_sha256"][:12]
         return f"verification.json is about other weights (sha256 {proven}) than these ({here})"
     if fused["changed"] and not certificate.layers:

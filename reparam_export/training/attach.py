@@ -25,9 +25,9 @@ from reparam_export.adapters import hydra, kind, lora, repadapter
 from reparam_export.affine import Affine, Bottleneck, map_tensors, tensors_of
 from reparam_export.assembly import tied_names
 from reparam_export.checkpoints import NATIVE
-from reparam_export.files import PICKLES
 from reparam_export.checkpoints.native import BASES, to_plain
 from reparam_export.errors import FusionError, SharedWeightError, UsageError
+from reparam_export.files import PICKLES
 from reparam_export.layouts import layout_of, matrix
 from reparam_export.models import split_argument
 

@@ -77,7 +77,7 @@ def audit(
                 if n.name not in found and not _telling(n.data) and held.find(n.data.tobytes()) >= 0
             }
             merged = _merged(content, {name: array for name, array in fused.items() if name not in found}, dtypes)
-            intruders = _search(content, strays).keys()
+            intruders = set(_search(content, strays)) - _explained(needles, strays)
         finally:
             del content
     return EngineAudit(
@@ -89,6 +89,13 @@ def audit(
         merged=tuple(name for name in fused if name in merged),
         adapter_tensors_skipped=skipped,
     )
+
+
+def _explained(needles: Collection[_Needle], strays: list[_Needle]) -> set[str]:
+    """Adapter tensors that are, by their formula, part of a fused one: GLoRA's E where the base has no bias, new tokens."""
+    if not needles:
+        return set()
+    return set(_search(np.concatenate([needle.data for needle in needles]), strays))
 
 
 def _layouts(array: Array, dtypes: Collection[str]) -> Iterator[Array]:

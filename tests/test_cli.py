@@ -1,0 +1,294 @@
+"""The command line as a user meets it: every command, every misuse with one clear line and its exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import CASES, Case
+from safetensors.torch import load_file, save_file
+
+from reparam_export import cli
+
+
+def run(*words: object) -> Result:
+    """The entry point itself, so that errors become messages and exit codes."""
+    runner = CliRunner()
+
+    def entry(args: list[str]) -> None:
+        sys.argv = ["reparam-export", *args]
+        cli.main()
+
+    import click
+
+    @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+    @click.argument("args", nargs=-1, type=click.UNPROCESSED)
+    def shell(args: tuple[str, ...]) -> None:
+        entry(list(args))
+
+    return runner.invoke(shell, [str(w) for w in words])
+
+
+def error_of(result: Result) -> str:
+    """The one line on stderr."""
+    lines = result.stderr.strip().splitlines()
+    assert lines, result.output
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def proven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder after fuse and verify."""
+    folder = tmp_path_factory.mktemp("proven") / "out"
+    assert run("fuse", *CASES["hydra_vtab"].command(), "-o", folder).exit_code == 0
+    assert run("verify", folder, "--inputs", CASES["hydra_vtab"].folder / "inputs.npy").exit_code == 0
+    return folder
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, reparam_export.cli as c\n"
+        "try: c.cli.main(['--help'], standalone_mode=False)\n"
+        "finally: print(sorted({'torch','numpy','onnx','timm','transformers','rich','matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_inspect_reads_a_peft_folder_without_torch() -> None:
+    folder = CASES["peft_lora"].folder
+    code = (
+        "import sys; sys.argv = ['reparam-export', 'inspect', sys.argv[1], '--json']\n"
+        "import reparam_export.cli as c; c.main()\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["foldable"] is True
+    assert found["kinds"] == {"lora": 14}
+    assert found["adapters"][0]["settings"] == {"rank": 4, "scale": 3.0}
+
+
+def test_inspect_says_what_is_missing_and_how_to_pass_it(hydra: Case) -> None:
+    result = run("inspect", hydra.folder / "ckpt.pt", "--json")
+    found = json.loads(result.stdout)
+    assert [m["setting"] for m in found["missing"]] == ["scale", "base"]
+    assert found["missing"][0]["option"] == "--set scale=VALUE"
+    assert found["foldable"] is False
+    assert result.exit_code == 0
+
+
+def test_inspect_lists_zero_and_non_finite_tensors(hydra: Case, tmp_path: Path) -> None:
+    tensors = torch.load(hydra.folder / "ckpt.pt", weights_only=True)
+    tensors["blocks.0.attn.hydra_proj_par.up_proj.weight"].zero_()
+    tensors["blocks.2.attn.hydra_proj_par.up_proj.bias"][1] = float("nan")
+    torch.save(tensors, tmp_path / "ckpt.pt")
+    found = json.loads(run("inspect", tmp_path / "ckpt.pt", "--set", "scale=3", "--json").stdout)
+    assert found["zero"] == ["blocks.0.attn.proj: parallel.up.weight"]
+    assert found["non_finite"] == ["blocks.2.attn.proj: parallel.up.bias"]
+
+
+def test_stage_by_stage_is_convert(hydra: Case, proven: Path, tmp_path: Path) -> None:
+    inputs = ("--inputs", hydra.folder / "inputs.npy")
+    whole = run(
+        "convert",
+        *hydra.command(),
+        *inputs,
+        "--to",
+        "onnx",
+        "--to",
+        "safetensors",
+        "-o",
+        tmp_path / "out",
+        "--batch",
+        "1:2:4",
+    )
+    assert whole.exit_code == 0, whole.output
+    assert run("export", proven, "--to", "onnx", "--to", "safetensors", "--batch", "1:2:4").exit_code == 0
+    assert run("report", proven).exit_code == 0
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {p.name for p in proven.iterdir()}
+    assert names == {
+        "fused.safetensors", "fused.json", "verification.json", "reference.npz", "artifact.json", "model.onnx",
+        "model.safetensors", "report.html", "report.md", "junit.xml",
+    }  # fmt: skip
+    for name in ("fused.safetensors", "model.onnx"):
+        assert (tmp_path / "out" / name).read_bytes() == (proven / name).read_bytes(), f"{name} is not reproducible"
+
+
+def test_json_is_one_object_on_stdout(hydra: Case, tmp_path: Path) -> None:
+    result = run("convert", *hydra.command(), "--to", "safetensors", "-o", tmp_path / "out", "--json")
+    found = json.loads(result.stdout)
+    assert found["verdict"] == "exact"
+    assert found["artifacts"][0]["target"] == "safetensors"
+    failed = run("fuse", tmp_path / "nothing.pt", "--json")
+    assert json.loads(failed.stdout)["error"]["exit_code"] == failed.exit_code == 3
+
+
+def test_plain_lines_in_a_pipe(proven: Path) -> None:
+    result = run("report", proven)
+    assert "\x1b" not in result.output
+    assert result.output.splitlines()[0].startswith("Proven: all 6 layers exact")
+
+
+# --- misuse ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["convert"], 2, "CHECKPOINT"),
+        (["convert", "x.pt"], 2, "--to"),
+        (["convert", "x.pt", "--to", "tflite"], 2, "tflite"),
+        (["convert", "x.pt", "--to", "onnx", "--precision", "int8"], 2, "int8"),
+        (["convert", "x.pt", "--to", "onnx", "--batch", "8:1:64"], 2, "MIN:OPT:MAX"),
+        (["convert", "x.pt", "--to", "onnx", "--batch", "1"], 2, "MIN:OPT:MAX"),
+        (["convert", "x.pt", "--to", "onnx", "--opset", "7"], 2, "opset"),
+        (["convert", "x.pt", "--to", "trt", "--gpu", "sm12"], 2, "sm12"),
+        (["convert", "nowhere.pt", "--to", "onnx"], 3, "nowhere.pt"),
+        (["fuse", "nowhere.pt"], 3, "nowhere.pt"),
+        (["verify", "nowhere"], 3, "fuse"),
+        (["export", "nowhere", "--to", "onnx"], 3, "fuse"),
+        (["report", "nowhere"], 3, "nowhere"),
+        (["frobnicate"], 2, "frobnicate"),
+        (["fuse", "x.pt", "--set", "scale"], 2, "NAME=VALUE"),
+    ],
+)
+def test_a_wrong_call(words: list[str], code: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*words)
+    assert result.exit_code == code, result.output
+    error_of(result)
+    assert says in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        ({"--base": None}, 3, "--base"),
+        ({"--config": None}, 3, "scale"),
+        ({"--base-weights": None}, 3, "--base-weights"),
+        ({"--base-weights": "nowhere.pt"}, 3, "nowhere.pt"),
+        ({"--base": "timm:no_such_model"}, 2, "no_such_model"),
+        ({"--base": "torch:resnet"}, 2, "torch"),
+        ({"--base": "timm:vit_tiny_patch16_224?img_size=32&patch_size=8&embed_dim=192&depth=3&num_heads=3"}, 3, ""),
+        ({"--config": "nowhere.yaml"}, 3, "nowhere.yaml"),
+    ],
+    ids=lambda c: "-".join(c) if isinstance(c, dict) else None,
+)
+def test_a_wrong_base_or_a_missing_setting(
+    hydra: Case, tmp_path: Path, change: dict[str, str | None], code: int, says: str
+) -> None:
+    words = hydra.command()
+    for option, value in change.items():
+        at = words.index(option)
+        words[at : at + 2] = [] if value is None else [option, value]
+    result = run("convert", *words, "--to", "onnx", "-o", tmp_path / "out")
+    assert result.exit_code == code, result.output
+    assert says in error_of(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_exists_is_not_touched(hydra: Case, tmp_path: Path) -> None:
+    (tmp_path / "keep.txt").write_text("mine")
+    for extra in ([], ["--overwrite"]):
+        result = run("fuse", *hydra.command(), "-o", tmp_path, *extra)
+        assert result.exit_code == 2
+        error_of(result)
+    assert [p.name for p in tmp_path.iterdir()] == ["keep.txt"]
+    assert run("fuse", *hydra.command(), "-o", tmp_path / "keep.txt").exit_code == 2
+
+
+def test_resume_continues_the_same_and_refuses_another(hydra: Case, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    assert run("fuse", *hydra.command(), "-o", folder).exit_code == 0
+    made = (folder / "fused.safetensors").stat().st_mtime_ns
+    assert run("fuse", *hydra.command(), "-o", folder).exit_code == 2
+    assert run("convert", *hydra.command(), "-o", folder, "--to", "safetensors", "--resume").exit_code == 0
+    assert (folder / "fused.safetensors").stat().st_mtime_ns == made
+    other = [w if w != "3" else "2" for w in hydra.command()] + ["--set", "scale=2"]
+    result = run("convert", *other, "-o", folder, "--to", "safetensors", "--resume")
+    assert result.exit_code == 2
+    assert "another checkpoint, base or settings" in error_of(result)
+
+
+def test_tampered_weights_are_refused_by_every_later_stage(hydra: Case, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    run("fuse", *hydra.command(), "-o", folder)
+    run("verify", folder)
+    tensors = load_file(folder / "fused.safetensors")
+    tensors["blocks.1.mlp.fc2.weight"][0, 0] += 1e-3
+    save_file(tensors, folder / "fused.safetensors")
+    result = run("export", folder, "--to", "onnx")
+    assert result.exit_code == 1
+    assert "not the ones that were proven" in error_of(result)
+    assert not (folder / "model.onnx").exists()
+    result = run("verify", folder)
+    assert result.exit_code == 1
+    assert "blocks.1.mlp.fc2" in error_of(result)
+    assert json.loads((folder / "verification.json").read_text())["verdict"] == "wrong"
+    assert run("export", folder, "--to", "onnx").exit_code == 1
+    result = run("report", folder)
+    assert result.exit_code == 1
+    assert "blocks.1.mlp.fc2" in (folder / "report.md").read_text()
+
+
+def test_a_checkpoint_that_changed_since_is_noticed(hydra: Case, tmp_path: Path) -> None:
+    copy = tmp_path / "ckpt.pt"
+    copy.write_bytes((hydra.folder / "ckpt.pt").read_bytes())
+    words = [str(copy), *hydra.command()[1:]]
+    assert run("fuse", *words, "-o", tmp_path / "out").exit_code == 0
+    copy.write_bytes(copy.read_bytes() + b"\0")
+    result = run("verify", tmp_path / "out")
+    assert result.exit_code == 3
+    assert "changed since" in error_of(result)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((0, 3, 32, 32), np.float32),
+        np.zeros((2, 3, 16, 16), np.float32),
+        np.full((2, 3, 32, 32), np.nan, np.float32),
+        np.zeros((2, 3, 32, 32), np.int64),
+    ],
+    ids=["empty", "shape", "nan", "dtype"],
+)
+def test_unusable_samples(hydra: Case, tmp_path: Path, array: np.ndarray) -> None:
+    np.save(tmp_path / "x.npy", array)
+    result = run("convert", *hydra.command(), "--to", "onnx", "-o", tmp_path / "out", "--inputs", tmp_path / "x.npy")
+    assert result.exit_code == 2
+    assert "x.npy" in error_of(result)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(
+    hydra: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    def full(tensors: object, path: Path, metadata: object = None) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    result = run("fuse", *hydra.command(), "-o", tmp_path / "out")
+    assert result.exit_code == 5
+    assert "No space left on device" in error_of(result)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_control_characters_of_a_checkpoint_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    evil = "blocks.0.\x1b[31mattn.hydra_proj_par"
+    tensors = {f"{evil}.{part}_proj.{end}": torch.ones(2, 2) for part in ("down", "up") for end in ("weight", "bias")}
+    torch.save(tensors, tmp_path / "ckpt.pt")
+    assert "\x1b" not in run("inspect", tmp_path / "ckpt.pt", "--set", "scale=1").output
+    assert "\x1b" not in run("fuse", tmp_path / "ckpt.pt", "--set", "scale=1", "--base", "timm:\x1b[31m").output
