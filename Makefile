@@ -1,24 +1,22 @@
-# make demo   train, convert and compare on real digits, from nothing: about two minutes after the install
+# make demo   train, convert and compare on real digits: about two minutes after the first install
 # make test   every test
-# Both make .venv first; it is installed once, and again when pyproject.toml changes.
+# Each makes .venv by itself; what it holds is installed again only when pyproject.toml changes.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test
 
-demo: .venv/.installed-demo
-	$(BIN)/python pipelines/demo.py
+demo: .venv/installed-demo
+	.venv/bin/python pipelines/demo.py
 
-test: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 2
+test: .venv/installed-dev
+	.venv/bin/python -m pytest -n 2
 
-.venv/.installed-%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable ".[trt,hf,open_clip,$*]"
+.venv/installed-demo: extras = trt,hf,open_clip,demo
+.venv/installed-dev: extras = trt,hf,open_clip,dev
+.venv/installed-demo .venv/installed-dev: pyproject.toml | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --editable ".[$(extras)]"
 	touch $@
 
-$(BIN)/python:
+.venv/bin/python:
 	$(PYTHON) -m venv .venv
-
-clean:
-	rm -rf .venv demo

@@ -115,7 +115,8 @@ def to_onnx(model: VerifiedModel, folder: Path, options: Options) -> Artifact:
         sha256=_sha256(path),
         weights_sha256=model.certificate.weights_sha256,
         ran=True,
-        note=f"run by onnxruntime on the {graph.pop('device')} at batch {', '.join(map(str, dict.fromkeys((1, 2, largest))))}",
+        note=f"run by onnxruntime on the {graph.pop('device')} at batch {', '.join(map(str, dict.fromkeys((1, 2, largest))))}: "
+        + worst_of(evidence),
         outputs=evidence,
         kept_fp32=kept,
         details={**graph, "graph": "identical to the base's", "seconds": round(time.perf_counter() - started, 2)},
@@ -223,33 +224,30 @@ def to_engine(model: VerifiedModel, folder: Path, options: Options, source: Arti
 
     path = folder / "model.engine"
     axes = {a: int(n) for i in model.signature.inputs for a, n in (i.default or {}).items()}
-    details = tensorrt.write(
-        folder / source.path,
-        path,
-        batch=options.batch,
-        axes=axes,
-        log=folder / "engine.log",
-        gpus=options.gpus or None,
-        precision=options.precision,
-    )
-    evidence: tuple[OutputEvidence, ...] = ()
-    ran = torch.cuda.is_available() and not details["ahead_of_time"]
-    if ran:
-        evidence = run_engine(path, model, source, options)
-        _refuse(path.name, evidence, [])
-    fused, adapters = audited(model, source)
-    dtypes = ("float32",) if options.precision == "fp32" else ("float32", TORCH_NAMES[options.precision])
-    found = audit(path, fused, adapters, dtypes=dtypes, precisions=details["precisions"])
-    if found.adapter_tensors_found:
-        path.unlink()
-        raise EquivalenceError(
-            f"{path.name}: holds adapter tensors ({', '.join(found.adapter_tensors_found[:3])}); it was not fused"
+    with _Scratch(folder) as scratch:
+        made = scratch / path.name
+        details = tensorrt.write(
+            folder / source.path,
+            made,
+            batch=options.batch,
+            axes=axes,
+            log=folder / "engine.log",
+            gpus=options.gpus or None,
+            precision=options.precision,
         )
-    note = (
-        "run on this GPU against the reference, and audited"
-        if ran
-        else "audited only: there is no GPU here to run it on"
-    )
+        ran = torch.cuda.is_available() and not details["ahead_of_time"]
+        evidence = run_engine(made, model, source, options) if ran else ()
+        _refuse(path.name, evidence, [])
+        fused, adapters = audited(model, source)
+        dtypes = ("float32",) if options.precision == "fp32" else ("float32", TORCH_NAMES[options.precision])
+        found = audit(made, fused, adapters, dtypes=dtypes, precisions=details["precisions"])
+        if found.adapter_tensors_found:
+            names = ", ".join(found.adapter_tensors_found[:3])
+            raise EquivalenceError(f"{path.name}: holds adapter tensors ({names}); it was not fused and was not kept")
+        made.replace(path)
+    whole = len(found.bitwise) + len(found.merged)
+    inside = f"{whole} of {found.fused_tensors} fused tensors stand in it bit for bit, no adapter tensor does"
+    run = f"run on this GPU against the reference: {worst_of(evidence)}" if ran else "not run: no GPU here to run it on"
     return Artifact(
         target="trt",
         path=path.name,
@@ -258,12 +256,18 @@ def to_engine(model: VerifiedModel, folder: Path, options: Options, source: Arti
         sha256=_sha256(path),
         weights_sha256=model.certificate.weights_sha256,
         ran=ran,
-        note=f"built from {source.path} by {details['builder']}; {note}",
+        note=f"built from {source.path} by {details['builder']}; audited: {inside}; {run}",
         outputs=evidence,
         audit=found,
         kept_fp32=source.kept_fp32,
         details=details,
     )
+
+
+def worst_of(evidence: Sequence[OutputEvidence]) -> str:
+    """The largest error in units of its bound, in words."""
+    worst = max(evidence, key=lambda o: o.error / o.bound if o.bound else 0.0)
+    return f"error {worst.error:.1e}, bound {worst.bound:.1e}"
 
 
 def run_engine(path: Path, model: VerifiedModel, source: Artifact, options: Options) -> tuple[OutputEvidence, ...]:
