@@ -9,11 +9,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 demo: .venv/installed-demo
 	.venv/bin/python pipelines/demo.py
 
-test: .venv/installed-dev
-	.venv/bin/python -m pytest -n 2
+test: .venv/installed-dev  # one thread per worker: more of them than cores wait for each other
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
-.venv/installed-demo: extras = trt,hf,open_clip,demo
-.venv/installed-dev: extras = trt,hf,open_clip,dev
+.venv/installed-demo: extras = trt,hf,open-clip,demo
+.venv/installed-dev: extras = trt,hf,open-clip,dev
 .venv/installed-demo .venv/installed-dev: pyproject.toml | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --editable ".[$(extras)]"
 	touch $@

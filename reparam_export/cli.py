@@ -12,9 +12,9 @@ import click
 from reparam_export.errors import EquivalenceError, ReparamError, UsageError
 
 if TYPE_CHECKING:
+    from reparam_export.checkpoints import Recipe
     from reparam_export.console import Console
     from reparam_export.exporters.artifact import Artifact
-    from reparam_export.folder import Recipe
     from reparam_export.report import Report
     from reparam_export.verification import VerifiedModel
 
@@ -269,7 +269,7 @@ def _recipe(
     input_specs: tuple[str, ...],
     dtype: str | None = None,
 ) -> Recipe:
-    from reparam_export.folder import Recipe
+    from reparam_export.checkpoints import Recipe
 
     if base is not None:
         base = _absolute_base(base)
@@ -319,7 +319,7 @@ def _fuse(console: Console, recipe: Recipe, folder: Path) -> None:
         for note in checkpoint.notes:
             console.line(f"note: {note}")
         weights = fuse_weights(checkpoint, recipe.dtype)
-        save_fused(folder, recipe, checkpoint, weights)
+        save_fused(folder, checkpoint, weights)
     console.line(f"fused {len(checkpoint.adapters)} adapters into {len(weights.changed)} tensors")
     for name in weights.created:
         console.line(f"added: {name}, a bias that the base does not have")

@@ -57,6 +57,30 @@ def load_pickle(path: Path) -> Any:
         raise _damaged(path, "a torch file", error) from error
 
 
+def save_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Write torch tensors so that the same input gives the same bytes, readable as other new files are.
+
+    ``safetensors`` writes the metadata in a random order; here its header is rewritten in place, in sorted order.
+    """
+    import os
+
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, dict(metadata))
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(f"{path}: the safetensors header grew from {size} to {len(text)} bytes")
+        file.seek(8)
+        file.write(text.ljust(size))
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def sha256(path: Path) -> str:
     """Digest of a file, or of all files of a folder with their names."""
     digest = hashlib.sha256()

@@ -14,13 +14,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.checkpoints import Checkpoint, read
+from reparam_export.checkpoints import Checkpoint, Recipe
 from reparam_export.errors import CheckpointError, EquivalenceError, UsageError
-from reparam_export.files import load_safetensors, read_json, sha256
+from reparam_export.files import load_safetensors, read_json, save_safetensors, sha256
 
 if TYPE_CHECKING:
     from reparam_export.exporters.artifact import Artifact
@@ -30,41 +30,6 @@ if TYPE_CHECKING:
 
 FUSED, PROOF, ARTIFACTS, REFERENCE = "fused.json", "verification.json", "artifact.json", "reference.npz"
 WEIGHTS = "fused.safetensors"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the user gave: enough to read the same checkpoint again. Paths are absolute."""
-
-    checkpoint: str
-    base: str | None = None
-    base_weights: str | None = None
-    config: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    candidate: int = 0
-    inputs: tuple[str, ...] = ()
-    dtype: str | None = None
-
-    def read(self) -> Checkpoint:
-        """The checkpoint. Raises CheckpointError and its kin."""
-        return read(
-            self.checkpoint,
-            self.base,
-            base_weights=self.base_weights,
-            config=self.config,
-            settings=self.settings,
-            candidate=self.candidate,
-            inputs=self.inputs,
-        )
-
-    def digests(self) -> dict[str, str]:
-        """sha256 of every file the result depends on."""
-        files = [self.checkpoint, *self.config, *([self.base_weights] if self.base_weights else [])]
-        scheme, _, argument = (self.base or "").partition(":")
-        place = Path(argument.rpartition(":")[0] if scheme == "py" else argument)
-        if scheme in ("hf", "py") and place.exists():
-            files.append(str(place))
-        return {name: sha256(Path(name)) for name in files}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -84,20 +49,18 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_fused(folder: Path, recipe: Recipe, checkpoint: Checkpoint, weights: FusedWeights) -> None:
+def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights) -> None:
     """Write ``fused.safetensors`` and ``fused.json``; what later stages had left for other weights is removed."""
-    from safetensors.torch import save_file
-
     from reparam_export.fusion import record
 
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (PROOF, REFERENCE, ARTIFACTS):
         (folder / stale).unlink(missing_ok=True)
-    content = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
     metadata = {"format": "pt", "checkpoint_sha256": checkpoint.sha256, "weights_sha256": weights.sha256()}
-    replace_file(folder / WEIGHTS, lambda path: save_file(content, path, metadata))
-    written = record(checkpoint, weights) | {"recipe": asdict(recipe), "digests": recipe.digests()}
-    write_json(folder / FUSED, written)
+    replace_file(folder / WEIGHTS, lambda path: save_safetensors(path, weights.tensors, metadata))
+    recipe = replace(checkpoint.recipe, dtype=weights.dtype)
+    digests = replace(recipe, base=checkpoint.base).digests()
+    write_json(folder / FUSED, record(checkpoint, weights) | {"recipe": asdict(recipe), "digests": digests})
 
 
 def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
@@ -124,6 +87,7 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
         replaced=tuple(content["replaced"]),
         aliases=content["aliases"],
         seconds=content["seconds"],
+        dtype=recipe.dtype,
     )
 
 
@@ -158,6 +122,17 @@ def save_proof(folder: Path, certificate: Certificate, model: VerifiedModel | No
             }
         }
     write_json(folder / PROOF, certificate.to_json() | extra)
+
+
+def save_evidence(folder: Path, model: VerifiedModel) -> None:
+    """Write what fuse and verify leave in a folder, unless it is there for these very weights."""
+    try:
+        known = read_json(folder / PROOF).get("weights_sha256") if (folder / FUSED).is_file() else None
+    except CheckpointError:
+        known = None
+    if known != model.certificate.weights_sha256:
+        save_fused(folder, model.checkpoint, model.weights)
+        save_proof(folder, model.certificate, model)
 
 
 def load_proof(folder: Path) -> VerifiedModel:
@@ -228,7 +203,8 @@ def prepare(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> s
     if not ours:
         return set()
     content = read_json(folder / FUSED)
-    if recipe_of(content) != recipe or content.get("digests") != recipe.digests():
+    digests = recipe.digests()
+    if recipe_of(content) != recipe or any(content.get("digests", {}).get(name) != d for name, d in digests.items()):
         raise UsageError(
             f"{folder}: was made from another checkpoint, base or settings; pass --overwrite or another -o"
         )

@@ -36,6 +36,7 @@ class FusedWeights(Mapping[str, "Tensor"]):
     replaced: tuple[str, ...]  # tensors taken whole from the checkpoint
     aliases: Mapping[str, str] = field(default_factory=dict)  # tied names -> the name that holds the tensor
     seconds: float = 0.0
+    dtype: str | None = None  # the storage that was asked for, None: as the base's
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -104,6 +105,7 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None) -> FusedWeights:
         replaced=tuple(sorted(checkpoint.replaced)),
         aliases=aliases,
         seconds=time.perf_counter() - started,
+        dtype=dtype,
     )
 
 

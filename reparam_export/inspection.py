@@ -14,8 +14,8 @@ from reparam_export.checkpoints import Checkpoint, non_finite, read, zeros
 from reparam_export.errors import FusionError
 
 if TYPE_CHECKING:
+    from reparam_export.checkpoints import Recipe
     from reparam_export.console import Console
-    from reparam_export.folder import Recipe
 
 
 def inspect_checkpoint(recipe: Recipe) -> dict[str, Any]:

@@ -30,7 +30,9 @@ def test_the_demo_ends_with_equal_answers_and_a_report(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "BASE_EPOCHS", 1)
     monkeypatch.setattr(demo, "ADAPTER_EPOCHS", 1)
-    monkeypatch.setattr(demo, "HELD_OUT", 1697)
+    monkeypatch.setattr(demo, "HELD_OUT", 96)
+    images, labels = demo.digits()
+    monkeypatch.setattr(demo, "digits", lambda: (images[:224], labels[:224]))
     monkeypatch.setattr(demo, "TO", ("--to", "onnx"))
     threads = torch.get_num_threads()
     try:
@@ -39,7 +41,7 @@ def test_the_demo_ends_with_equal_answers_and_a_report(
     finally:
         torch.set_num_threads(threads)
     assert not ended.value.code
-    assert "differ on 0 of 1697" in capsys.readouterr().out
+    assert "differ on 0 of 96" in capsys.readouterr().out
     assert (tmp_path / "demo" / "out" / "report.html").stat().st_size > 0
     assert rx.read(tmp_path / "demo" / "ckpt.pt").describe()["kinds"] == {"hydra": 8}
 

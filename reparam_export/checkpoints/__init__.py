@@ -11,7 +11,7 @@ skipped. A format is a module with
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -44,6 +44,34 @@ class Adapter:
     kind: str
     params: Any
     rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the user gave: enough to read the same checkpoint again. Paths are absolute."""
+
+    checkpoint: str
+    base: str | None = None
+    base_weights: str | None = None
+    config: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    candidate: int = 0
+    inputs: tuple[str, ...] = ()
+    dtype: str | None = None
+
+    def read(self) -> Checkpoint:
+        """The checkpoint. Raises CheckpointError and its kin."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("checkpoint", "dtype")}
+        return read(self.checkpoint, **given)
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of every file the result depends on."""
+        files = [self.checkpoint, *self.config, *([self.base_weights] if self.base_weights else [])]
+        scheme, _, argument = (self.base or "").partition(":")
+        place = Path(argument.rpartition(":")[0] if scheme == "py" else argument)
+        if scheme in ("hf", "py") and place.exists():
+            files.append(str(place))
+        return {name: sha256(Path(name)) for name in files}
 
 
 @dataclass(frozen=True)
@@ -137,6 +165,7 @@ class Checkpoint:
     settings: Mapping[str, Any]
     files: tuple[Path, ...]
     notes: tuple[str, ...]
+    recipe: Recipe
     missing: tuple[MissingSettingError, ...] = ()
 
     def describe(self) -> dict[str, Any]:
@@ -207,6 +236,15 @@ def read(
         settings=given.used,
         files=given.files,
         notes=(*parts.notes, *given.notes),
+        recipe=Recipe(
+            checkpoint=str(source.path.absolute()),
+            base=base,
+            base_weights=None if base_weights is None else str(Path(base_weights).absolute()),
+            config=tuple(str(Path(c).absolute()) for c in config),
+            settings=dict(settings or {}),
+            candidate=candidate,
+            inputs=tuple(inputs),
+        ),
         missing=tuple(given.missing),
     )
 

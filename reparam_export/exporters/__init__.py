@@ -56,7 +56,7 @@ def export(
     precision: "fp32", "fp16" or "bf16" (norms, softmax and what overflows stay fp32). gpus: compute capabilities such as "sm89".
     Raises EquivalenceError (the file's outputs are outside the bound; the file is removed), ExportError, UsageError.
     """
-    from reparam_export.folder import save_artifact
+    from reparam_export.folder import save_artifact, save_evidence
 
     if target not in TARGETS:
         raise UsageError(f"unknown target {target!r}; there are: {', '.join(TARGETS)}")
@@ -65,6 +65,8 @@ def export(
     options = Options(precision, opset, batch, tuple(gpus))
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
+    model.module()  # refuses weights that are not the proven ones
+    save_evidence(place, model)
     if target == "safetensors":
         from reparam_export.exporters.safetensors import export_folder
 

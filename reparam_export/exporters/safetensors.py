@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.errors import ExportError
 from reparam_export.exporters.artifact import Artifact
-from reparam_export.files import read_json, sha256
+from reparam_export.files import read_json, save_safetensors, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -184,9 +184,7 @@ def _same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], model: VerifiedModel) -> None:
-    from safetensors.torch import save_file
-
     from reparam_export.exporters import provenance
 
     metadata = {"format": "pt", **provenance(model)}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    save_safetensors(path, tensors, metadata)

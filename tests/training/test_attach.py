@@ -31,7 +31,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.fixture()
+@pytest.fixture
 def vit() -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=5, **SHAPE).eval()

@@ -227,7 +227,7 @@ def test_probes_catch_a_wrong_row_and_state_what_they_can_miss() -> None:
 def test_rows_outside_a_packed_adapter_must_stay(tmp_path: object) -> None:
     """An adapter on v of a packed qkv leaves q and k alone, and the proof looks."""
     checkpoint = CASES["repadapter_linear"].read()
-    part = [a for a in checkpoint.adapters if a.module == "blocks.0.attn.qkv"][0]
+    part = next(a for a in checkpoint.adapters if a.module == "blocks.0.attn.qkv")
     packed = replace(checkpoint, adapters=(replace(part, rows=(128, 192)),))
     fused = rx.fuse(packed)
     assert rx.verify(packed, fused).certificate.verdict == "exact"

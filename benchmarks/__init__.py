@@ -1,0 +1,1 @@
+"""What the README's tables come from; each module is run as ``python -m benchmarks.NAME``."""
