@@ -8,7 +8,7 @@ The module is the whole model, text tower too, under its own names, such as
 (batch, 3, height, width) float32 to ``features`` (batch, width), not normalised. Tensors keep the dtype of the file:
 OpenAI's are mostly float16, so the image is cast to the dtype of the first convolution, as OpenAI's own code does.
 OpenAI weights run with QuickGELU, whatever NAME says. Nothing is downloaded.
-Needs ``pip install reparam-export[open_clip]``.
+Needs ``pip install reparam-export[open-clip]``.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def _check_installed() -> None:
     except ImportError as error:
         raise MissingBackendError(
             "a base of the scheme open_clip needs the package open_clip_torch, which is not installed; "
-            "pip install 'reparam-export[open_clip]'",
+            "pip install 'reparam-export[open-clip]'",
             package="open_clip_torch",
-            extra="open_clip",
+            extra="open-clip",
         ) from error
 
 
