@@ -127,10 +127,12 @@ def adapted_module(name: str, module: nn.Module, adapters: Sequence[Adapter], dt
             self.in_features, self.out_features = whole.in_features, whole.out_features
             self.weight = module.weight
             self.bias = getattr(module, "bias", None)
+            self.calls = 0  # a module that is never called has its weight read directly, or no part in the outputs
 
         def forward(self, x: Tensor) -> Tensor:
             import torch
 
+            self.calls += 1
             rows = rows_of(x, module, layout, dtype)
             y: Any = None
             for of_kind, params, part in cast:

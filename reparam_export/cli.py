@@ -210,7 +210,7 @@ def convert(
     **given: Any,
 ) -> None:
     """Fuse, verify, export and report in one go."""
-    from reparam_export.folder import load_proof, prepare
+    from reparam_export.folder import load_proof, prepare, same_samples
 
     console = _console(as_json)
     options = {name: given.pop(name) for name in ("targets", "precision", "opset", "batch", "gpu")}
@@ -223,7 +223,8 @@ def convert(
     if "fused" not in done:
         _fuse(console, recipe, folder)
     try:
-        model = load_proof(folder) if "proof" in done else _verify(console, folder, inputs, count, seed)
+        known = "proof" in done and same_samples(folder, inputs, count, seed)
+        model = load_proof(folder) if known else _verify(console, folder, inputs, count, seed)
         artifacts = _export(console, model, folder, **options)
     finally:
         if (folder / "fused.json").is_file():
@@ -288,9 +289,9 @@ def _recipe(
 def _absolute_base(base: str) -> str:
     """A base spec whose folder or file does not depend on where the command is run."""
     scheme, _, argument = base.partition(":")
-    path, colon, function = argument.rpartition(":") if scheme == "py" else (argument, "", "")
+    path, mark, rest = argument.rpartition(":") if scheme == "py" else argument.partition("?")
     if scheme in ("hf", "py") and Path(path).exists():
-        return f"{scheme}:{Path(path).absolute()}{colon}{function}"
+        return f"{scheme}:{Path(path).absolute()}{mark}{rest}"
     return base
 
 
@@ -314,11 +315,11 @@ def _fuse(console: Console, recipe: Recipe, folder: Path) -> None:
     from reparam_export import fuse as fuse_weights
     from reparam_export.folder import save_fused
 
-    with console.stage("fuse"):
+    with console.stage("fuse") as advance:
         checkpoint = recipe.read()
         for note in checkpoint.notes:
             console.line(f"note: {note}")
-        weights = fuse_weights(checkpoint, recipe.dtype)
+        weights = fuse_weights(checkpoint, recipe.dtype, advance)
         save_fused(folder, checkpoint, weights)
     console.line(f"fused {len(checkpoint.adapters)} adapters into {len(weights.changed)} tensors")
     for name in weights.created:
@@ -330,15 +331,17 @@ def _verify(console: Console, folder: Path, inputs: Path | None, count: int, see
     from reparam_export.folder import load_fused, save_proof
     from reparam_export.verification.certificate import Certificate
 
-    with console.stage("verify"):
+    with console.stage("verify") as advance:
         checkpoint, weights = load_fused(folder)
         try:
-            model = prove(checkpoint, weights, inputs, count=count, seed=seed)
+            model = prove(checkpoint, weights, inputs, count=count, seed=seed, advance=advance)
         except EquivalenceError as error:
             if isinstance(error.evidence, Certificate):
                 save_proof(folder, error.evidence, None)
             raise
         save_proof(folder, model.certificate, model)
+    for name in model.certificate.unexercised:
+        console.line(f"note: no output depends on {name}; it is proven by its weights alone")
     return model
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-Advance = Any  # a callable () -> None
+Advance = Callable[[int, int], None]  # (done, in all)
 
 
 class Console:
@@ -50,21 +50,21 @@ class Console:
             print(json.dumps(plain_json(content), indent=1))
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Shows that a stage runs, and how long it took."""
+    def stage(self, name: str) -> Iterator[Advance]:
+        """Shows that a stage runs, how far it is, and how long it took."""
         import time
 
         started = time.perf_counter()
         if self.as_json or not sys.stderr.isatty():
-            yield
+            yield lambda done, total: None
         else:
             from rich.console import Console as RichConsole
-            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             with Progress(*columns, console=RichConsole(stderr=True), transient=True) as progress:
-                progress.add_task(name)
-                yield
+                task = progress.add_task(name, total=None)
+                yield lambda done, total: progress.update(task, completed=done, total=total)
         self.line(f"{name}: done in {time.perf_counter() - started:.1f} s")
 
 

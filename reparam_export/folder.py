@@ -174,6 +174,18 @@ def load_proof(folder: Path) -> VerifiedModel:
     return VerifiedModel(checkpoint, weights, base_of(checkpoint).build()[1], reference, certificate)
 
 
+def same_samples(folder: Path, inputs: Path | None, count: int, seed: int) -> bool:
+    """Was the proof in this folder made with these samples and this seed?"""
+    content = read_json(folder / PROOF)
+    source = "random" if inputs is None else str(inputs)
+    known = content.get("samples") or {}
+    return (
+        known.get("source") == source
+        and content.get("seed") == seed
+        and (inputs is not None or known.get("count") == count)
+    )
+
+
 def save_artifact(folder: Path, artifact: Artifact) -> None:
     """Add one artefact to ``artifact.json``; one of the same path is replaced."""
     path = folder / ARTIFACTS

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+Advance = Callable[[int, int], None]
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -72,10 +73,11 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def fuse(checkpoint: Checkpoint, dtype: str | None = None) -> FusedWeights:
+def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | None = None) -> FusedWeights:
     """Fold every adapter of the checkpoint into its base.
 
     dtype: storage of all float tensors, "fp32", "fp16" or "bf16"; None keeps the dtype each has in the base.
+    advance: called with (layers done, layers in all).
     Raises TensorMismatchError (base and checkpoint do not fit), SharedWeightError, NotAffineError, FusionError (not finite, no change).
     """
     import torch
@@ -87,10 +89,13 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None) -> FusedWeights:
     _check_shared(module, checkpoint)
     new: dict[str, Tensor] = {}
     moved = False
-    for name, adapters in by_module(checkpoint).items():
+    modules = by_module(checkpoint)
+    for done, (name, adapters) in enumerate(modules.items(), 1):
         folded, differs = fold_module(module, name, adapters, storage)
         new |= folded
         moved = moved or differs
+        if advance is not None:
+            advance(done, len(modules))
     if not moved:
         raise FusionError(
             f"{checkpoint.path}: the adapter changes nothing: every fused weight equals the base's. "

@@ -3,8 +3,10 @@
     hf:path/to/folder                           safetensors or pytorch_model.bin, sharded or not
     hf:path/to/folder                           with --base-weights FILE: config from the folder, weights from the file
     hf:FacebookAI/roberta-base?architecture=RobertaForSequenceClassification
+    hf:FacebookAI/roberta-base?task=SEQ_CLS       the class that peft's task_type stands for
 
-The class is ``architectures[0]`` of the config, or the keyword ``architecture``; ``attn_implementation`` is passed on;
+The class is ``architectures[0]`` of the config, or what the keyword ``architecture`` or ``task`` says (the heads of
+other classes in the weights are then left out); ``attn_implementation`` is passed on;
 every other keyword must be a field of the config and replaces it. ``num_labels`` is taken from the classifier that the
 checkpoint brings when it is not given. Parameters keep the dtype they are stored in. Code that comes with a model is
 never run, and ``HF_HUB_OFFLINE`` is honoured. Needs ``pip install reparam-export[hf]``.
@@ -37,6 +39,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
+TASKS = {  # peft's task_type -> the part of the name of transformers' auto mapping
+    "SEQ_CLS": "FOR_SEQUENCE_CLASSIFICATION_",
+    "TOKEN_CLS": "FOR_TOKEN_CLASSIFICATION_",
+    "QUESTION_ANS": "FOR_QUESTION_ANSWERING_",
+    "CAUSAL_LM": "FOR_CAUSAL_LM_",
+    "SEQ_2_SEQ_LM": "FOR_SEQ_TO_SEQ_CAUSAL_LM_",
+    "FEATURE_EXTRACTION": "",
+}
 CLASSIFIERS = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
 
 
@@ -133,7 +143,7 @@ def _configured(folder: Path, keywords: dict[str, Any], base: Base) -> tuple[Any
             f"base {base.spec!r}: expected plain weights; config.json says they are quantized "
             "(quantization_config); give the base before quantization"
         )
-    name = keywords.pop("architecture", None) or next(iter(config.architectures or ()), None)
+    name = _class_name(config, keywords, base)
     if name is None:
         raise MissingSettingError(
             f"base {base.spec!r}: config.json names no class in 'architectures'; add ?architecture=CLASS to the spec",
@@ -155,6 +165,21 @@ def _configured(folder: Path, keywords: dict[str, Any], base: Base) -> tuple[Any
             raise UsageError(f"base {base.spec!r}: {type(config).__name__} has no field {key!r}; correct the keyword")
         setattr(config, key, value)
     return config, model_class, options
+
+
+def _class_name(config: Any, keywords: dict[str, Any], base: Base) -> str | None:
+    """The model class that the keywords ask for, else the config's. Takes its keywords out. Raises UsageError."""
+    from transformers.models.auto import modeling_auto
+
+    own = next(iter(config.architectures or ()), None)
+    name, task = keywords.pop("architecture", None), keywords.pop("task", None)
+    if name is not None or task is None:
+        return name or own
+    if task not in TASKS:
+        raise UsageError(f"base {base.spec!r}: unknown task {task!r}; there are: {', '.join(TASKS)}")
+    classes = getattr(modeling_auto, f"MODEL_{TASKS[task]}MAPPING_NAMES")
+    found = classes.get(config.model_type)
+    return own if found is None else str(found if isinstance(found, str) else found[0])
 
 
 def _stored(place: str, folder: Path, base: Base) -> dict[str, Tensor]:
@@ -209,7 +234,8 @@ def _load(model_class: Any, config: Any, state: dict[str, Tensor], options: dict
             f"base {base.spec!r}: {model_class.__name__} cannot be built or loaded: {first_line(error)}; "
             "check config.json against the weights"
         ) from error
-    fresh = _refuse(info, state, base)
+    heads = set() if model_class.__name__ in (config.architectures or ()) else _other_heads(model, state)
+    fresh = _refuse(info, state, base, heads)
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in fresh:
@@ -231,7 +257,14 @@ def _restore_dtypes(model: Any, state: Mapping[str, Tensor]) -> None:
         model.tie_weights()
 
 
-def _refuse(info: Mapping[str, Any], state: Mapping[str, Tensor], base: Base) -> set[str]:
+def _other_heads(model: Any, state: Mapping[str, Tensor]) -> set[str]:
+    """Tensors of another class's head: they stand under no module of this model, nor of its inner model."""
+    inner = getattr(model, model.base_model_prefix, model)
+    known = {name for name, _ in (*model.named_children(), *inner.named_children())} | {model.base_model_prefix}
+    return {name for name in state if name.partition(".")[0] not in known}
+
+
+def _refuse(info: Mapping[str, Any], state: Mapping[str, Tensor], base: Base, heads: set[str]) -> set[str]:
     """Raise TensorMismatchError unless all fits; the names that only the checkpoint brings, random so far."""
     mismatched = {str(m[0]): (tuple(m[1]), tuple(m[2])) for m in info["mismatched_keys"]}  # name, file's, model's
     for name in sorted(set(info["missing_keys"]) - set(base.replaced)):
@@ -239,7 +272,7 @@ def _refuse(info: Mapping[str, Any], state: Mapping[str, Tensor], base: Base) ->
     for name in sorted(set(mismatched) - set(base.replaced)):
         raise _mismatch(base, name, mismatched[name][1], mismatched[name][0])
     for name in sorted(info["unexpected_keys"]):
-        if not (name in base.replaced or (name in state and is_constant(name, state[name]))):
+        if not (name in base.replaced or name in heads or (name in state and is_constant(name, state[name]))):
             raise _mismatch(base, name, None, tuple(state[name].shape) if name in state else "a tensor")
     return set(info["missing_keys"]) | set(mismatched)
 

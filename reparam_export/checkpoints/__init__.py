@@ -68,7 +68,7 @@ class Recipe:
         """sha256 of every file the result depends on."""
         files = [self.checkpoint, *self.config, *([self.base_weights] if self.base_weights else [])]
         scheme, _, argument = (self.base or "").partition(":")
-        place = Path(argument.rpartition(":")[0] if scheme == "py" else argument)
+        place = Path(argument.rpartition(":")[0] if scheme == "py" else argument.partition("?")[0])
         if scheme in ("hf", "py") and place.exists():
             files.append(str(place))
         return {name: sha256(Path(name)) for name in files}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from reparam_export.checkpoints import Source
 
 PREFIX = "base_model.model."
@@ -15,4 +13,5 @@ def base_spec(source: Source) -> str | None:
     if not name:
         return None
     beside = source.file.parent / str(name)
-    return f"hf:{beside}" if beside.is_dir() else f"hf:{Path(str(name)) if Path(str(name)).is_dir() else name}"
+    task = source.config.get("task_type")
+    return f"hf:{beside if beside.is_dir() else name}" + (f"?task={task}" if task else "")

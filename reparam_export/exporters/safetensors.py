@@ -73,11 +73,12 @@ def hugging_face_folder(model: VerifiedModel) -> Path | None:
     scheme, _, argument = str(model.checkpoint.base).partition(":")
     if scheme != "hf":
         return None
-    if Path(argument).is_dir():
-        return Path(argument)
+    place = argument.partition("?")[0]
+    if Path(place).is_dir():
+        return Path(place)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(argument, local_files_only=True))
+    return Path(snapshot_download(place, local_files_only=True))
 
 
 def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], model: VerifiedModel) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], mod
         if file.is_file() and not file.name.endswith(NOT_CARRIED) and file.name != "adapter_config.json":
             shutil.copyfile(file, made / file.name)
     config = read_json(made / "config.json")
-    changed = bias_switches(config, tensors, model.weights.created)
+    changed = class_of(config, model) | bias_switches(config, tensors, model.weights.created)
     config |= changed
     (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shards = shard_of(source, tensors)
@@ -99,6 +100,17 @@ def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], mod
         (made / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _load_with_transformers(made, tensors)
     return {"config_changed": changed, "shards": len(names)}
+
+
+def class_of(config: Mapping[str, Any], model: VerifiedModel) -> dict[str, Any]:
+    """Config entries for the class and the labels of the proven model, where they are not the base folder's."""
+    own = model.module().config.to_dict()  # type: ignore[operator, union-attr]
+    names = [
+        "architectures",
+        *(["id2label", "label2id"] if len(own["id2label"]) != len(config.get("id2label", "ab")) else []),
+    ]
+    own["architectures"] = [type(model.module()).__name__]
+    return {name: own[name] for name in names if own[name] != config.get(name)}
 
 
 def bias_switches(config: Mapping[str, Any], tensors: dict[str, Tensor], created: tuple[str, ...]) -> dict[str, bool]:

@@ -13,7 +13,7 @@ from reparam_export.adapters import kind
 from reparam_export.assembly import adapted, base_of, fused, with_replaced
 from reparam_export.checkpoints import Adapter, Checkpoint
 from reparam_export.errors import EquivalenceError
-from reparam_export.fusion import FusedWeights, by_module, own_state
+from reparam_export.fusion import Advance, FusedWeights, by_module, own_state
 from reparam_export.models import Signature, read_inputs, samples
 from reparam_export.verification.certificate import (
     CarriedEvidence,
@@ -69,19 +69,21 @@ def verify(
     count: int = SAMPLES,
     seed: int = 0,
     exhaustive_limit: int = EXHAUSTIVE_LIMIT,
+    advance: Advance | None = None,
 ) -> VerifiedModel:
     """Prove that ``weights`` is the checkpoint's adapted model. Raises EquivalenceError with the certificate as evidence.
 
     inputs: real samples (.npy or .npz file, or tensors by input name); None: ``count`` random ones of the base's input spec.
     exhaustive_limit: layers with in * in * out above it are probed instead of read out entry by entry.
+    advance: called with (layers done, layers in all).
     """
     base, signature = base_of(checkpoint).build()
     base = with_replaced(base, checkpoint)
     given, source = _inputs(inputs, signature, count, seed)
-    layers = prove_weights(base, checkpoint, weights, seed, exhaustive_limit)
+    layers = prove_weights(base, checkpoint, weights, seed, exhaustive_limit, advance)
     carried = _carried(base, checkpoint, weights)
     graph = _graph(base, weights, signature, given)
-    reference, outputs, layer = prove_outputs(base, checkpoint, weights, signature, given)
+    reference, outputs, layer, idle = prove_outputs(base, checkpoint, weights, signature, given)
     certificate = Certificate(
         weights_sha256=weights.sha256(),
         checkpoint=checkpoint.describe(),
@@ -97,6 +99,7 @@ def verify(
         survival=overall(layers),
         seed=seed,
         samples={"source": source, "count": reference.samples},
+        unexercised=idle,
         versions=versions(),
     )
     if certificate.verdict == "wrong":
@@ -105,11 +108,16 @@ def verify(
 
 
 def prove_weights(
-    base: nn.Module, checkpoint: Checkpoint, weights: FusedWeights, seed: int, limit: int
+    base: nn.Module,
+    checkpoint: Checkpoint,
+    weights: FusedWeights,
+    seed: int,
+    limit: int,
+    advance: Advance | None = None,
 ) -> tuple[LayerEvidence, ...]:
     """The weight proof of every adapter. Raises EquivalenceError for a touched tensor that is missing or mis-shaped."""
     evidence = []
-    for adapter in checkpoint.adapters:
+    for done, adapter in enumerate(checkpoint.adapters, 1):
         module = base.get_submodule(adapter.module)
         expected, found = tuple(module.get_parameter("weight").shape), weights.tensors.get(f"{adapter.module}.weight")
         if found is None or tuple(found.shape) != expected:
@@ -119,20 +127,24 @@ def prove_weights(
                 layer=adapter.module,
             )
         evidence.append(prove_layer(module, adapter, weights.tensors, seed=seed, limit=limit))
+        if advance is not None:
+            advance(done, len(checkpoint.adapters))
     return tuple(evidence)
 
 
 def prove_outputs(
     base: nn.Module, checkpoint: Checkpoint, weights: FusedWeights, signature: Signature, given: Mapping[str, Tensor]
-) -> tuple[Reference, tuple[OutputEvidence, ...], str | None]:
-    """Reference, evidence at batch 1, 2 and all samples, and the first module that parts when the evidence fails."""
+) -> tuple[Reference, tuple[OutputEvidence, ...], str | None, tuple[str, ...]]:
+    """Reference, evidence at batch 1, 2 and all samples, the first module that parts when it fails, modules never called."""
     import torch
 
     def unfused(dtype: torch.dtype) -> nn.Module:
         return adapted(copy.deepcopy(base), checkpoint.adapters, dtype)
 
     dtype = storage_dtype(weights)
-    exact = run(unfused(torch.float64), signature, given, torch.float64)
+    reference_model = unfused(torch.float64)
+    exact = run(reference_model, signature, given, torch.float64)
+    idle = tuple(n for n in by_module(checkpoint) if not reference_model.get_submodule(n).calls)
     truth = dict(zip(signature.outputs, exact, strict=True))
     noisy = run(unfused(dtype), signature, given, dtype)
     reference = Reference(given, truth, measure_floors(truth, noisy), str(dtype).removeprefix("torch."))
@@ -146,7 +158,7 @@ def prove_outputs(
     if not all(o.passed for o in outputs):
         models = (unfused(torch.float64), unfused(dtype), model)
         layer = first_parting(models, (torch.float64, dtype, dtype), signature, given, list(by_module(checkpoint)))
-    return reference, tuple(outputs), layer
+    return reference, tuple(outputs), layer, idle
 
 
 def storage_dtype(weights: FusedWeights) -> torch.dtype:
@@ -176,6 +188,11 @@ def refusal(certificate: Certificate, layer: str | None) -> EquivalenceError:
     bad = next((o for o in certificate.outputs if not o.passed), None)
     if bad is not None:
         where = f", first parting at {layer}" if layer else ""
+        if certificate.unexercised and not wrong:
+            never = certificate.unexercised[0]
+            where = (
+                f"; {never} is never called (its weight is read directly), so an adapter on it has no unfused forward"
+            )
         parts.append(
             f"output {bad.output} at batch {bad.batch} is off by {bad.error:.3g}, bound {bad.bound:.3g}{where}"
         )

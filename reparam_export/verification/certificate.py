@@ -110,6 +110,7 @@ class Certificate:
     survival: float
     seed: int
     samples: dict[str, Any]  # {"source": "random" | file, "count": n}
+    unexercised: tuple[str, ...]  # touched modules that no output depends on: proven by their weights alone
     versions: dict[str, str]
 
     @property
@@ -130,6 +131,7 @@ def from_json(content: dict[str, Any]) -> Certificate:
         given = {f.name: content[f.name] for f in fields(Certificate)}
         given["layers"] = tuple(_build(LayerEvidence, entry) for entry in content["layers"])
         given["outputs"] = tuple(_build(OutputEvidence, entry) for entry in content["outputs"])
+        given["unexercised"] = tuple(content["unexercised"])
         given["carried"] = _build(CarriedEvidence, content["carried"])
         given["graph"] = _build(GraphEvidence, content["graph"])
         return Certificate(**given)

@@ -165,7 +165,7 @@ def test_the_user_may_state_the_inputs() -> None:
         (f"hf:{BERT}?no_such_field=1", UsageError),
         (f"hf:{BERT}?architecture=NoSuchModel", CheckpointError),
         (f"hf:{BERT}?architecture=AutoModel", CheckpointError),
-        (f"hf:{BERT}?architecture=BertModel", TensorMismatchError),
+        (f"hf:{BERT}?task=NO_TASK", UsageError),
         (f"hf:{BERT}?architecture=LlamaForCausalLM", CheckpointError),
         (f"hf:{DATA / 'hydra_vtab'}", CheckpointError),
         (f"hf:{DATA / 'no_such_folder'}", CheckpointError),

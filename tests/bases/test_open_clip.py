@@ -169,4 +169,4 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(MissingBackendError) as caught:
         Base("open_clip:openai", CLIP / "base.pt").build()
-    assert caught.value.extra == "open_clip"
+    assert caught.value.extra == "open-clip"

@@ -346,3 +346,41 @@ def test_left_over_peft_keys_are_refused(tmp_path: Path) -> None:
     save_file({**load_file(file), "base_model.model.model.layers.0.mlp.down_proj.lora_C.weight": torch.ones(2)}, file)
     with pytest.raises(TensorMismatchError):
         rx.read(folder)
+
+
+@PEFT_WARNS
+def test_a_classifier_adapter_on_a_language_model_base(tmp_path: Path) -> None:
+    """The usual case: the base folder is a masked language model, the adapter was trained for SEQ_CLS."""
+    import peft
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=20,
+    )
+    torch.manual_seed(0)
+    transformers.BertForPreTraining(config).save_pretrained(tmp_path / "base")
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
+    lora = peft.LoraConfig(
+        task_type="SEQ_CLS", r=2, lora_alpha=6, target_modules=["query", "value"], init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(model, lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    checkpoint = rx.read(tmp_path / "adapter")
+    assert checkpoint.base == f"hf:{tmp_path / 'base'}?task=SEQ_CLS"
+    proven = rx.verify(checkpoint, rx.fuse(checkpoint))
+    with torch.no_grad():
+        expected = adapted.eval().double()(**proven.reference.inputs).logits
+    assert expected.shape == (8, 5)
+    assert float((proven.reference.outputs["logits"] - expected).abs().max()) < 1e-12
+    rx.export(proven, "safetensors", tmp_path / "out")
+    stock = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out" / "hf", dtype=torch.float64
+    )
+    with torch.no_grad():
+        answer = stock.eval()(**proven.reference.inputs).logits
+    assert float((answer - expected).abs().max()) < 1e-5

@@ -69,6 +69,7 @@ def output(**changes: Any) -> OutputEvidence:
             output="logits",
             batch=1,
             samples=64,
+            unexercised=(),
             dtype="float32",
             magnitude=12.4,
             error=3.1e-7,
