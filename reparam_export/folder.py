@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 FUSED, PROOF, ARTIFACTS, REFERENCE = "fused.json", "verification.json", "artifact.json", "reference.npz"
 WEIGHTS = "fused.safetensors"
+MADE = (  # by the later stages, from the weights of the time
+    "model.onnx*", "model.engine", "engine.log", "model.safetensors", "hf", "report.html", "report.md", "junit.xml",
+)  # fmt: skip
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -54,8 +58,9 @@ def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights) -> N
     from reparam_export.fusion import record
 
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in (PROOF, REFERENCE, ARTIFACTS):
-        (folder / stale).unlink(missing_ok=True)
+    for stale in (PROOF, REFERENCE, ARTIFACTS, *MADE):
+        for path in folder.glob(stale):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     metadata = {"format": "pt", "checkpoint_sha256": checkpoint.sha256, "weights_sha256": weights.sha256()}
     replace_file(folder / WEIGHTS, lambda path: save_safetensors(path, weights.tensors, metadata))
     recipe = replace(checkpoint.recipe, dtype=weights.dtype)

@@ -292,3 +292,11 @@ def test_control_characters_of_a_checkpoint_do_not_reach_the_terminal(tmp_path: 
     torch.save(tensors, tmp_path / "ckpt.pt")
     assert "\x1b" not in run("inspect", tmp_path / "ckpt.pt", "--set", "scale=1").output
     assert "\x1b" not in run("fuse", tmp_path / "ckpt.pt", "--set", "scale=1", "--base", "timm:\x1b[31m").output
+
+
+def test_overwrite_leaves_nothing_of_the_former_weights(hydra: Case, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    assert run("convert", *hydra.command(), "--to", "safetensors", "-o", folder).exit_code == 0
+    (folder / "model.engine").write_bytes(b"an engine of the former weights")
+    assert run("fuse", *hydra.command(), "-o", folder, "--overwrite").exit_code == 0
+    assert {p.name for p in folder.iterdir()} == {"fused.json", "fused.safetensors"}

@@ -13,6 +13,7 @@ from typing import Any
 
 from reparam_export.adapters._bottleneck import Draw
 from reparam_export.affine import Affine, Tensor
+from reparam_export.errors import FusionError
 
 CHOICES: dict[str, tuple[str, ...]] = {  # LoRA stands for LoRA_k with any k up to the stored rank
     "A": ("LoRA", "vector", "constant", "none"),
@@ -106,6 +107,9 @@ def fuse(base: Affine, p: Params) -> Affine:
 
 def shapes(out_features: int, in_features: int, p: Params) -> dict[str, tuple[int, ...]]:
     rank = int(p.Ad.shape[1])
+    problems = p.path.problems(rank)
+    if problems:
+        raise FusionError(f"a GLoRA path cannot be followed: {problems[0]}")
     return {
         "Ad": (out_features, rank),
         "Au": (rank, in_features),
