@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TARGETS = ("onnx", "trt", "safetensors")
 EXIT_CODES = """Exit codes: 0 proven and written; 1 not equivalent; 2 wrong call; 3 checkpoint or base not understood; 4 cannot be fused;
-5 the target refused, or the disk did."""
+5 the target refused, or the disk did; 70 a fault of reparam-export itself."""
 Command = Callable[..., Any]
 
 
@@ -247,16 +247,25 @@ def main() -> None:
         _fail("UsageError", error.format_message() + hint, error.exit_code, as_json)
     except ReparamError as error:
         _fail(type(error).__name__, str(error), error.exit_code, as_json)
+    except MemoryError:
+        _fail("MemoryError", "out of memory", 5, as_json)
     except OSError as error:
         _fail("OSError", f"{error.filename or 'output'}: {error.strerror or error}", 5, as_json)
+    except Exception as error:  # a fault of ours must not look like a verdict
+        import traceback
+
+        traceback.print_exc()
+        _fail(type(error).__name__, f"internal error, please report it: {type(error).__name__}: {error}", 70, as_json)
 
 
 def _fail(kind: str, message: str, code: int, as_json: bool) -> None:
+    from reparam_export.console import clean
+
     if as_json:
         import json
 
         print(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}, indent=1))
-    click.echo(f"error: {message}", err=True)
+    click.echo("\n".join(clean(line) for line in f"error: {message}".splitlines()), err=True)
     sys.exit(code)
 
 
@@ -355,6 +364,7 @@ def _export(
     **options: Any,
 ) -> list[Artifact]:
     from reparam_export import export as write
+    from reparam_export.folder import save_failure
 
     artifacts = []
     gpus = tuple(filter(None, (gpu or "").split(",")))
@@ -363,7 +373,11 @@ def _export(
     ]  # trt writes the ONNX file too
     for target in chosen:
         with console.stage(f"export {target}"):
-            artifact = write(model, target, folder, batch=_batch(batch), gpus=gpus, **options)
+            try:
+                artifact = write(model, target, folder, batch=_batch(batch), gpus=gpus, **options)
+            except ReparamError as error:
+                save_failure(folder, target, model.certificate.weights_sha256, str(error))
+                raise
         console.line(f"{folder / artifact.path}: {artifact.note}")
         artifacts.append(artifact)
     return artifacts

@@ -20,13 +20,13 @@ class Console:
     def line(self, text: str) -> None:
         """One line of result."""
         if not self.as_json:
-            print(_clean(text))
+            print(clean(text))
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """A table on a terminal, tab-separated lines in a pipe."""
         if self.as_json:
             return
-        cells = [[_clean(str(cell)) for cell in row] for row in rows]
+        cells = [[clean(str(cell)) for cell in row] for row in rows]
         if not sys.stdout.isatty():
             for row in ([*columns], *cells):
                 print("\t".join(row))
@@ -68,6 +68,6 @@ class Console:
         self.line(f"{name}: done in {time.perf_counter() - started:.1f} s")
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Text without control characters: names in a checkpoint must not move the cursor of a terminal."""
     return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)

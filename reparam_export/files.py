@@ -81,6 +81,14 @@ def save_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[s
     path.chmod(0o666 & ~mask)
 
 
+def plain_shard_name(name: object, index: Path) -> None:
+    """Raises CheckpointError unless an index names a weight file of its own folder, and nothing else."""
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith((".safetensors", ".bin")):
+        raise CheckpointError(
+            f"{index}: names the shard {name!r}; expected the name of a weight file in the same folder"
+        )
+
+
 def sha256(path: Path) -> str:
     """Digest of a file, or of all files of a folder with their names."""
     digest = hashlib.sha256()
@@ -98,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")

@@ -79,21 +79,28 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
         raise CheckpointError(f"{folder}: holds no {FUSED}; run `reparam-export fuse CHECKPOINT -o {folder}` first")
     content = read_json(folder / FUSED)
     recipe = recipe_of(content)
-    for name, digest in content.get("digests", {}).items():
+    digests = content.get("digests")
+    if not isinstance(digests, dict):
+        raise CheckpointError(f"{folder / FUSED}: damaged (no digests); run fuse again")
+    for name, digest in digests.items():
         if not Path(name).exists():
             raise CheckpointError(f"{name}: no such file; {folder} was made from it")
         if sha256(Path(name)) != digest:
             raise CheckpointError(f"{name}: changed since {folder} was made from it; run fuse again")
     tensors, _ = load_safetensors(folder / WEIGHTS, numpy=False)
-    return recipe.read(), FusedWeights(
-        tensors=tensors,
-        changed=tuple(content["changed"]),
-        created=tuple(content["created"]),
-        replaced=tuple(content["replaced"]),
-        aliases=content["aliases"],
-        seconds=content["seconds"],
-        dtype=recipe.dtype,
-    )
+    checkpoint = recipe.read()
+    try:
+        return checkpoint, FusedWeights(
+            tensors=tensors,
+            changed=tuple(content["changed"]),
+            created=tuple(content["created"]),
+            replaced=tuple(content["replaced"]),
+            aliases=dict(content["aliases"]),
+            seconds=float(content["seconds"]),
+            dtype=recipe.dtype,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / FUSED}: damaged ({error!r}); run fuse again") from error
 
 
 def recipe_of(content: Mapping[str, Any]) -> Recipe:
@@ -101,7 +108,7 @@ def recipe_of(content: Mapping[str, Any]) -> Recipe:
     try:
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["recipe"].items()}
         return Recipe(**given)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{FUSED}: damaged ({error!r}); run fuse again") from error
 
 
@@ -146,7 +153,7 @@ def load_proof(folder: Path) -> VerifiedModel:
     import torch
 
     from reparam_export.assembly import base_of
-    from reparam_export.verification import VerifiedModel
+    from reparam_export.verification import VerifiedModel, prove_again
     from reparam_export.verification.certificate import from_json
     from reparam_export.verification.outputs import Reference
 
@@ -158,6 +165,7 @@ def load_proof(folder: Path) -> VerifiedModel:
     if certificate.verdict == "wrong":
         raise EquivalenceError(f"{folder}: the proof failed; nothing can be exported from it", evidence=certificate)
     found = weights.sha256()
+    prove_again(checkpoint, weights, certificate)
     if found != certificate.weights_sha256:
         raise EquivalenceError(
             f"{folder / WEIGHTS}: these weights ({found[:12]}) are not the ones that were proven "
@@ -195,8 +203,32 @@ def save_artifact(folder: Path, artifact: Artifact) -> None:
     """Add one artefact to ``artifact.json``; one of the same path is replaced."""
     path = folder / ARTIFACTS
     others = read_json(path).get("artifacts", []) if path.is_file() else []
-    kept = [other for other in others if other.get("path") != artifact.path]
+    kept = [
+        o
+        for o in others
+        if o.get("path") != artifact.path and not (o.get("failure") and o.get("target") == artifact.target)
+    ]
     write_json(path, {"artifacts": [*kept, asdict(artifact)]})
+
+
+def save_failure(folder: Path, target: str, weights_sha256: str, reason: str) -> None:
+    """Put a target that was asked for and could not be had into ``artifact.json``, so that no report is green without it."""
+    from reparam_export.exporters.artifact import Artifact
+
+    save_artifact(
+        folder,
+        Artifact(
+            target=target,
+            path={"onnx": "model.onnx", "trt": "model.engine"}.get(target, target),
+            precision="",
+            size=0,
+            sha256="",
+            weights_sha256=weights_sha256,
+            ran=False,
+            note="not written",
+            failure=reason,
+        ),
+    )
 
 
 def prepare(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> set[str]:

@@ -16,7 +16,7 @@ from reparam_export.adapters import kind
 from reparam_export.affine import Affine, map_tensors, tensors_of
 from reparam_export.assembly import base_of, tied_names, with_replaced
 from reparam_export.checkpoints import Adapter, Checkpoint
-from reparam_export.errors import FusionError, SharedWeightError, TensorMismatchError
+from reparam_export.errors import CheckpointError, FusionError, SharedWeightError, TensorMismatchError
 from reparam_export.layouts import affine_of, layout_of, stored
 
 if TYPE_CHECKING:
@@ -87,11 +87,12 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | No
     storage = getattr(torch, DTYPES[dtype]) if dtype else None
     state, aliases = own_state(module)
     _check_shared(module, checkpoint)
+    _check_covered(module, checkpoint)
     new: dict[str, Tensor] = {}
     moved = False
     modules = by_module(checkpoint)
     for done, (name, adapters) in enumerate(modules.items(), 1):
-        folded, differs = fold_module(module, name, adapters, storage)
+        folded, differs = _folded(module, name, adapters, storage)
         new |= folded
         moved = moved or differs
         if advance is not None:
@@ -112,6 +113,42 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | No
         seconds=time.perf_counter() - started,
         dtype=dtype,
     )
+
+
+def _folded(
+    module: nn.Module, name: str, adapters: list[Adapter], storage: torch.dtype | None
+) -> tuple[dict[str, Tensor], bool]:
+    """``fold_module``, with whatever a damaged adapter makes torch stumble over as one error."""
+    try:
+        return fold_module(module, name, adapters, storage)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, OverflowError, KeyError) as error:
+        raise FusionError(f"{name}: the adapter cannot be folded: {type(error).__name__}: {error}") from error
+
+
+def _check_covered(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Every module that the training code adapts has its adapter, and a list of paths met the layers in their order.
+
+    Raises TensorMismatchError, CheckpointError.
+    """
+    names = [name for name, part in module.named_modules() if "weight" in part._parameters]
+    touched = {a.module for a in checkpoint.adapters}
+    missing = [name for name in checkpoint.covers(names) if name not in touched]
+    if missing:
+        raise TensorMismatchError(
+            f"{checkpoint.path}: {len(missing)} module(s) that a {checkpoint.format} checkpoint adapts have no adapter in it, "
+            f"first {missing[0]}; the file is incomplete, or belongs to another base",
+            module=missing[0],
+            tensor="weight",
+            expected="an adapter",
+            found=None,
+        )
+    order = {name: number for number, name in enumerate(names)}
+    places = [order[a.module] for a in checkpoint.adapters if a.module in order]
+    if checkpoint.positional and places != sorted(places):
+        raise CheckpointError(
+            f"{checkpoint.path}: its layers do not stand in the model's order, so a list of paths cannot be matched to them "
+            "(a file that was saved again may be sorted by name); give the paths by layer name"
+        )
 
 
 def by_module(checkpoint: Checkpoint) -> dict[str, list[Adapter]]:
@@ -146,7 +183,9 @@ def fold_module(
     new = {f"{name}.weight": weight}
     if whole.bias is not None:
         old = getattr(target, "bias", None)
-        new[f"{name}.bias"] = whole.bias.to(dtype if old is None or storage else old.dtype).contiguous()
+        bias = whole.bias.to(dtype if old is None or storage else old.dtype).contiguous()
+        if old is None or base.bias is None or not torch.equal(base.bias, whole.bias):
+            new[f"{name}.bias"] = bias
     before, after = base.bias, whole.bias
     same_bias = before is after if before is None or after is None else torch.equal(before, after)
     return new, not (same_bias and torch.equal(base.weight, whole.weight))
@@ -202,7 +241,9 @@ def _check_shared(module: nn.Module, checkpoint: Checkpoint) -> None:
     for adapter in checkpoint.adapters:
         touched_module(module, adapter.module)
     tied = tied_names(module)
-    touched = [f"{a.module}.weight" for a in checkpoint.adapters] + list(checkpoint.replaced)
+    touched = [f"{a.module}.{part}" for a in checkpoint.adapters for part in ("weight", "bias")] + list(
+        checkpoint.replaced
+    )
     for tensor in touched:
         if tensor in tied:
             others = tuple(o for o in tied[tensor] if o != tensor)

@@ -24,9 +24,19 @@ def layout_of(name: str, module: nn.Module) -> Layout:
     """The layout of a module. Raises FusionError when its weight is not a plain matrix (quantized, grouped, other)."""
     from torch import nn
 
-    if isinstance(module, nn.Linear):
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    plain = next((k for k in kinds if isinstance(module, k)), None)
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    own = plain is not None and type(module).forward is not plain.forward
+    if "weight" not in module._parameters or hooks or own or getattr(module, "max_norm", None) is not None:
+        raise FusionError(
+            f"{name}: a {type(module).__name__} whose forward is not the plain map of its weight "
+            f"({'hooks' if hooks else 'a forward of its own' if own else 'its weight is computed, quantized or renormalised'}) "
+            "cannot be folded"
+        )
+    if plain is nn.Linear:
         return "linear"
-    if isinstance(module, nn.Embedding):
+    if plain is nn.Embedding:
         return "embedding"
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return "transposed"
@@ -73,10 +83,8 @@ def rows_of(x: Tensor, module: nn.Module, layout: Layout, dtype: torch.dtype) ->
         return F.one_hot(x, module.num_embeddings).to(dtype)  # type: ignore[arg-type]
     if layout != "conv":
         return x
-    kernel, stride, padding, dilation = (
-        tuple(getattr(module, k)) for k in ("kernel_size", "stride", "padding", "dilation")
-    )
-    x = F.pad(x, [p for side in reversed(padding) for p in (side, side)])
+    kernel, stride, dilation = (tuple(getattr(module, k)) for k in ("kernel_size", "stride", "dilation"))
+    x = F.pad(x, list(module._reversed_padding_repeated_twice))  # type: ignore[arg-type]
     spatial = len(kernel)
     for axis in range(spatial):
         size, step, gap = kernel[axis], stride[axis], dilation[axis]

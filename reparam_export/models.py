@@ -183,6 +183,11 @@ def with_observed_outputs(model: nn.Module, signature: Signature, what: str) -> 
             f"{', '.join(f'{i.name} {i.shape} {i.dtype}' for i in signature.inputs)}: {first_line(error)}; "
             "state its inputs with --input NAME=batch,...:DTYPE"
         ) from error
+    if not outputs:
+        raise CheckpointError(
+            f"base {what!r}: the model returns no tensor (nested containers are not looked into), so there is no output to prove; "
+            "give a py: function that returns a model with plain outputs"
+        )
     return replace(signature, outputs=outputs)
 
 

@@ -230,7 +230,7 @@ def test_tampered_weights_are_refused_by_every_later_stage(hydra: Case, tmp_path
     save_file(tensors, folder / "fused.safetensors")
     result = run("export", folder, "--to", "onnx")
     assert result.exit_code == 1
-    assert "not the ones that were proven" in error_of(result)
+    assert "blocks.1.mlp.fc2" in error_of(result)
     assert not (folder / "model.onnx").exists()
     result = run("verify", folder)
     assert result.exit_code == 1
@@ -300,3 +300,34 @@ def test_overwrite_leaves_nothing_of_the_former_weights(hydra: Case, tmp_path: P
     (folder / "model.engine").write_bytes(b"an engine of the former weights")
     assert run("fuse", *hydra.command(), "-o", folder, "--overwrite").exit_code == 0
     assert {p.name for p in folder.iterdir()} == {"fused.json", "fused.safetensors"}
+
+
+def test_a_target_that_failed_is_in_the_report_and_in_junit(
+    hydra: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reparam_export.errors import ExportError
+    from reparam_export.exporters import onnx
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ExportError("torch.onnx refuses it")
+
+    monkeypatch.setattr(onnx, "write", refuse)
+    folder = tmp_path / "out"
+    result = run("convert", *hydra.command(), "--to", "onnx", "--to", "safetensors", "-o", folder)
+    assert result.exit_code == 5
+    assert "torch.onnx refuses it" in (folder / "report.md").read_text()
+    assert "<failure" in (folder / "junit.xml").read_text()
+    assert run("report", folder).exit_code == 1
+    monkeypatch.undo()
+    assert run("export", folder, "--to", "onnx", "--batch", "1:1:2").exit_code == 0
+    assert run("report", folder).exit_code == 0
+    assert "<failure" not in (folder / "junit.xml").read_text()
+
+
+def test_a_fault_of_ours_is_no_verdict(hydra: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import reparam_export.fusion
+
+    monkeypatch.setattr(reparam_export.fusion, "own_state", None)
+    result = run("fuse", *hydra.command(), "-o", tmp_path / "out")
+    assert result.exit_code == 70
+    assert "internal error" in result.stderr

@@ -61,7 +61,7 @@ class Params:
 
 def lora_rank(choice: str) -> int | None:
     """k of ``LoRA_k``, None for any other choice."""
-    match = re.fullmatch(r"LoRA_(\d+)", choice)
+    match = re.fullmatch(r"LoRA_([0-9]{1,6})", choice)
     return int(match[1]) if match else None
 
 

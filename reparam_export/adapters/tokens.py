@@ -10,6 +10,7 @@ from typing import Any
 
 from reparam_export.adapters._bottleneck import Draw
 from reparam_export.affine import Affine, Tensor
+from reparam_export.errors import FusionError
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ def fuse(base: Affine, p: Params) -> Affine:
 
 
 def shapes(out_features: int, in_features: int, p: Params) -> dict[str, tuple[int, ...]]:
+    if max(p.indices, default=0) >= in_features:
+        raise FusionError(f"token {max(p.indices)} is trained, the embedding has {in_features}")
     return {"vectors": (len(p.indices), out_features)}
 
 

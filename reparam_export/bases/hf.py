@@ -32,6 +32,7 @@ from reparam_export.errors import (
     TensorMismatchError,
     UsageError,
 )
+from reparam_export.files import plain_shard_name
 from reparam_export.models import Base, Input, Signature, first_line, split_argument, with_observed_outputs
 from reparam_export.state import is_constant, load_state
 
@@ -204,6 +205,7 @@ def _stored(place: str, folder: Path, base: Base) -> dict[str, Tensor]:
 def _shards(where: Mapping[str, str], place: str, base: Base) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for shard in sorted(set(where.values())):
+        plain_shard_name(shard, Path(place))
         state |= load_state(_file(place, shard, base))
     for name in sorted(set(where) ^ set(state)):
         raise _mismatch(base, name, where.get(name, "not in the index"), "in a shard" if name in state else None)

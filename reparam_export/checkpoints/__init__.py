@@ -10,14 +10,17 @@ skipped. A format is a module with
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from reparam_export import plugins
 from reparam_export.adapters import kind
-from reparam_export.affine import Tensor, tensors_of
+from reparam_export.affine import Tensor, map_tensors, tensors_of
 from reparam_export.checkpoints._settings import Settings, read_settings
 from reparam_export.errors import CheckpointError, MissingSettingError, TensorMismatchError, UnknownFormatError
 from reparam_export.files import (
@@ -44,6 +47,9 @@ class Adapter:
     kind: str
     params: Any
     rows: tuple[int, int] | None = None
+
+
+Covers = Callable[[Sequence[str]], list[str]]  # names of a base's modules -> those that must have an adapter
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class Parts:
     ignored: frozenset[str] = frozenset()  # adapter tensors inside the base's own weight file
     base_state: Mapping[str, Tensor] = field(default_factory=dict)  # the whole base, where the checkpoint carries it
     notes: tuple[str, ...] = ()
+    covers: Covers | None = None  # which of a base's modules must be adapted; None: all alike those that are
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,8 @@ class Checkpoint:
     files: tuple[Path, ...]
     notes: tuple[str, ...]
     recipe: Recipe
+    covers: Covers
+    positional: bool
     missing: tuple[MissingSettingError, ...] = ()
 
     def describe(self) -> dict[str, Any]:
@@ -217,7 +226,7 @@ def read(
     given = read_settings([Path(c) for c in config], settings, candidate, lenient=inspecting)
     source = open_source(Path(path), given, base_given=base is not None, numpy=inspecting)
     name, fmt = recognise(source)
-    parts = fmt.read(source)
+    parts = _read(fmt, source)
     given.check_all_used(name)
     _check(source.path, parts)
     if not inspecting:
@@ -245,8 +254,40 @@ def read(
             candidate=candidate,
             inputs=tuple(inputs),
         ),
+        covers=parts.covers or siblings(parts.adapters),
+        positional=given.positional,
         missing=tuple(given.missing),
     )
+
+
+def siblings(adapters: Sequence[Adapter]) -> Covers:
+    """All modules that are named like an adapted one but for their numbers: authors' code adapts every block alike."""
+    alike = {unnumbered(adapter.module) for adapter in adapters}
+    return lambda names: [name for name in names if unnumbered(name) in alike]
+
+
+def unnumbered(module: str) -> str:
+    """The name with every part that is a number (of a block) as ``#``."""
+    return ".".join("#" if part.isdecimal() else part for part in module.split("."))
+
+
+def _read(fmt: Format, source: Source) -> Parts:
+    """The format's reader, with whatever a hostile or damaged file makes it stumble over as one error."""
+    try:
+        return fmt.read(source)
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        RuntimeError,
+        re.error,
+    ) as error:
+        raise CheckpointError(
+            f"{source.path}: damaged or of another version: {type(error).__name__}: {error}"
+        ) from error
 
 
 def open_source(path: Path, settings: Settings, *, base_given: bool, numpy: bool) -> Source:
@@ -317,6 +358,15 @@ def _check(path: Path, parts: Parts) -> None:
 
 
 def _check_finite(path: Path, parts: Parts) -> None:
+    for name, tensor in _named(parts):
+        real = any(str(tensor.dtype).endswith(kind) for kind in ("float16", "float32", "float64"))  # bfloat16 too
+        if not real and not (name in parts.replaced and "int" in str(tensor.dtype)):
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}; expected 16, 32 or 64 bit floating point numbers")
+        if hasattr(tensor, "is_meta") and (tensor.is_meta or tensor.is_sparse or tensor.is_quantized):
+            raise CheckpointError(f"{path}: {name} is not a plain dense tensor")
+    for adapter in parts.adapters:
+        where = f"{path}: {adapter.module}"
+        map_tensors(adapter.params, lambda t: t, partial(_finite_number, where))
     bad = non_finite(parts)
     if bad:
         raise CheckpointError(
@@ -341,6 +391,12 @@ def zeros(parts: Parts | Checkpoint) -> list[str]:
 def _named(parts: Parts | Checkpoint) -> list[tuple[str, Tensor]]:
     adapters = [(f"{a.module}: {name}", t) for a in parts.adapters for name, t in tensors_of(a.params).items()]
     return [*adapters, *parts.replaced.items()]
+
+
+def _finite_number(where: str, number: float) -> float:
+    if number != number or abs(number) > sys.float_info.max:
+        raise CheckpointError(f"{where}: {number} is no usable scale")
+    return number
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -30,13 +30,15 @@ class Settings:
     lenient: bool = False  # collect what is missing instead of raising
     used: dict[str, Any] = field(default_factory=dict)
     missing: list[MissingSettingError] = field(default_factory=list)
+    positional: bool = False  # a list of paths was matched to the layers by their order
 
     def number(self, name: str, *, found_in: str) -> float:
         """A finite number. Raises MissingSettingError, or UsageError when it is not one."""
         if name not in self.values:
             self._miss(
                 f"the checkpoint does not hold the {name}; it is found in {found_in}; "
-                f"pass that file with --config FILE, or the value with --set {name}=VALUE",
+                f"pass that file with --config FILE, or the value with --set {name}=VALUE"
+                + (f" (you gave {', '.join(sorted(self.given))})" if self.given else ""),
                 setting=name,
                 found_in=found_in,
                 option=f"--set {name}=VALUE",
@@ -48,7 +50,7 @@ class Settings:
         except (TypeError, ValueError):
             number = math.nan
         if isinstance(value, bool) or not math.isfinite(number):
-            raise UsageError(f"setting {name}: expected a finite number, found {value!r}")
+            raise UsageError(f"setting {name}: expected a finite number, found {_shown(value)}")
         if number == 0:
             raise UsageError(f"setting {name} is 0: that switches the adapter off; pass the value it was trained with")
         self.used[name] = number
@@ -73,6 +75,7 @@ class Settings:
                 f"{self._names()}: holds a path for {len(self.paths)} layers, the checkpoint has {len(layers)} GLoRA layers"
             )
         self.used["paths"] = len(layers)
+        self.positional = True
         return list(self.paths)
 
     def _paths_by_name(self, layers: Sequence[str], paths: Mapping[str, Choice]) -> list[Choice | None]:
@@ -148,7 +151,7 @@ def _load(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(
             f"{path}: cannot be read as {'JSON' if path.suffix == '.json' else 'YAML'}: {first}"
@@ -161,6 +164,8 @@ def _candidate(path: Path, content: dict[str, Any], index: int, notes: list[str]
         best = max((list(v) for k, v in content["keep_top_k"].items() if k == 50), default=[], key=len)
         best = best or max((list(v) for v in content["keep_top_k"].values()), key=len)
         accuracy = {tuple(map(str, c)): content["vis_dict"][str(c)]["acc"] for c in best}
+        if not best or any(value != value for value in accuracy.values()):
+            raise ValueError("no evaluated candidate with an accuracy that is a number")
         best = sorted(best, key=lambda c: -float(accuracy[tuple(map(str, c))]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a GLoRA evolution checkpoint as ViT-Slim writes it: {error!r}") from error
@@ -181,6 +186,15 @@ def _path_list(path: Path, content: list[Any]) -> list[Choice] | dict[str, Choic
             raise CheckpointError(f"{path}: the same layer is named twice")
         return {str(item["layer"]): _choice(item) for item in content}
     return [_choice(item) for item in content]
+
+
+def _shown(value: Any) -> str:
+    """A value for an error message: its type where writing it out could take for ever."""
+    return (
+        repr(value)[:80]
+        if isinstance(value, str | int | float | None) and len(str(value)[:100]) < 100
+        else type(value).__name__
+    )
 
 
 def _is_choice(value: Any) -> bool:

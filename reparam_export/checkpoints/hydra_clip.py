@@ -11,7 +11,7 @@ from typing import Any
 
 from reparam_export.adapters import hydra
 from reparam_export.checkpoints import Adapter, Parts, Source
-from reparam_export.checkpoints.hydra_vtab import pair
+from reparam_export.checkpoints.hydra_vtab import check_branches, pair
 
 LOOKED_FOR = "...mlp.ad_lin.adapter_par.down_proj.weight and the like (Hydra, CLIP)"
 BRANCH = re.compile(r"(?P<parent>.+)\.ad_lin\.adapter_(?P<branch>par|seq)\.(?:(?:down|up)_proj\.(?:weight|bias)|scale)")
@@ -37,5 +37,6 @@ def read(source: Source) -> Parts:
                 scales[branch] = fixed
         params = hydra.Params(branches["par"], branches["seq"], scales["par"] or 0.0, scales["seq"] or 0.0)
         adapters.append(Adapter(f"{parent}.c_proj", "hydra", params))
+    check_branches(source, adapters)
     claim.finish()
     return Parts(tuple(adapters))

@@ -11,6 +11,7 @@ import re
 from reparam_export.adapters import hydra
 from reparam_export.affine import Affine, Bottleneck
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source
+from reparam_export.checkpoints.hydra_vtab import check_branches
 
 LOOKED_FOR = "roberta.encoder.layer.N.output.hydra_par.hydra_A.weight and the like (Hydra, nlu)"
 BRANCH = re.compile(r"(?P<parent>.+)\.hydra_(?P<branch>par|seq)\.hydra_[AB]\.weight")
@@ -28,6 +29,7 @@ def read(source: Source) -> Parts:
     for parent in parents:
         params = hydra.Params(_pair(claim, f"{parent}.hydra_par"), _pair(claim, f"{parent}.hydra_seq"), 1.0, 1.0)
         adapters.append(Adapter(f"{parent}.dense", "hydra", params))
+    check_branches(source, adapters)
     constants = claim.take_all(lambda name: name.endswith(CONSTANT))
     rest = claim.take_all(lambda name: True)
     own_base = not source.base_given and bool(source.config.get("architectures"))

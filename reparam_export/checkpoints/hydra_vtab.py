@@ -7,10 +7,12 @@ which only the YAML of the run holds.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from reparam_export.adapters import hydra
 from reparam_export.affine import Affine, Bottleneck
-from reparam_export.checkpoints import Adapter, Claim, Parts, Source
+from reparam_export.checkpoints import Adapter, Claim, Parts, Source, unnumbered
+from reparam_export.errors import TensorMismatchError
 
 LOOKED_FOR = "blocks.N.attn.hydra_proj_par.down_proj.weight and the like (Hydra, vtab1k)"
 BRANCH = re.compile(r"(?P<parent>.+)\.hydra_(?P<layer>proj|mlp)_(?P<branch>par|seq)\.(?:down|up)_proj\.(?:weight|bias)")
@@ -32,9 +34,30 @@ def read(source: Source) -> Parts:
         prefix = f"{parent}.hydra_{layer}"
         params = hydra.Params(pair(claim, f"{prefix}_par"), pair(claim, f"{prefix}_seq"), scale, scale)
         adapters.append(Adapter(f"{parent}.{ADAPTED[layer]}", "hydra", params))
+    check_branches(source, adapters)
     replaced = claim.take_all(lambda name: "head" in name)
     claim.finish()
     return Parts(tuple(adapters), replaced)
+
+
+def check_branches(source: Source, adapters: Sequence[Adapter]) -> None:
+    """Raises TensorMismatchError when one layer lacks a branch that its like have: the authors' code builds them all alike."""
+    by_site: dict[str, dict[str, tuple[bool, bool]]] = {}
+    for adapter in adapters:
+        branches = (adapter.params.parallel is not None, adapter.params.sequential is not None)
+        by_site.setdefault(unnumbered(adapter.module), {})[adapter.module] = branches
+    for found in by_site.values():
+        full = tuple(any(column) for column in zip(*found.values(), strict=True))
+        for module, branches in found.items():
+            if branches != full:
+                lacking = "parallel" if full[0] and not branches[0] else "sequential"
+                raise TensorMismatchError(
+                    f"{source.path}: {module} has no {lacking} branch, other layers of its kind have; the file is incomplete",
+                    module=module,
+                    tensor=lacking,
+                    expected="a branch",
+                    found=None,
+                )
 
 
 def pair(claim: Claim, prefix: str) -> Bottleneck | None:

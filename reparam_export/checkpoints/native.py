@@ -50,6 +50,7 @@ def read(source: Source) -> Parts:
         base=base,
         base_state=_tensors(path, content.get("base_state") or {}),
         notes=tuple(map(str, content.get("notes") or ())),
+        covers=lambda names: [],  # attach() adapts what it is told to
     )
 
 
@@ -65,8 +66,12 @@ def to_plain(params: Any) -> Any:
 def _adapter(path: Path, entry: Any) -> Adapter:
     try:
         module, name, rows = entry["module"], entry["kind"], entry.get("rows")
+        if name == "probed":
+            raise ValueError("the kind probed is a live module, which no file can hold")
         params = _from_plain(kind(name).Params, entry["params"])
-        return Adapter(str(module), str(name), params, None if rows is None else (int(rows[0]), int(rows[1])))
+        if rows is not None and not (len(rows) == 2 and all(type(r) is int for r in rows) and 0 <= rows[0] < rows[1]):
+            raise ValueError(f"rows {rows!r} are not [start, stop]")
+        return Adapter(str(module), str(name), params, None if rows is None else (rows[0], rows[1]))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ReparamError) as error:
         named = entry.get("module") if isinstance(entry, Mapping) else entry
         raise CheckpointError(f"{path}: adapter entry {named!r} cannot be read: {error}") from error
@@ -76,6 +81,13 @@ def _from_plain(target: Any, value: Any) -> Any:
     """Rebuild dataclass ``target`` from nested dicts; unknown and missing fields are errors."""
     options = [t for t in get_args(target) if t is not type(None)] or [target]
     if value is None or not is_dataclass(options[0]):
+        if value is None and type(None) not in get_args(target) and target is not Any:
+            raise ValueError("a field that must be there is None")
+        if (
+            not (value is None or isinstance(value, str | int | float | list) or hasattr(value, "shape"))
+            or value is True
+        ):
+            raise ValueError(f"expected a tensor, a number or a text, found {type(value).__name__}")
         return tuple(value) if isinstance(value, list) else value
     hints = get_type_hints(options[0])
     names = {f.name for f in fields(options[0])}

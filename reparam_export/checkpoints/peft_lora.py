@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reparam_export.adapters import lora, tokens
 from reparam_export.affine import Affine, Bottleneck, Tensor
-from reparam_export.checkpoints import Adapter, Claim, Parts, Source
+from reparam_export.checkpoints import Adapter, Claim, Covers, Parts, Source
 from reparam_export.checkpoints._peft import PREFIX, base_spec
 from reparam_export.errors import CheckpointError, FusionError, TensorMismatchError
 
@@ -74,7 +74,8 @@ def read(source: Source) -> Parts:
     adapters += _tokens(source, claim)
     replaced = _whole_tensors(claim)
     claim.finish()
-    return Parts(tuple(adapters), replaced, base=base_spec(source))
+    covers = targets(source.config)
+    return Parts(tuple(adapters), replaced, base=base_spec(source), covers=covers)
 
 
 def check_config(source: Source) -> None:
@@ -101,7 +102,7 @@ def _adapter(source: Source, claim: Claim, full: str) -> Adapter:
         a, b, bias = claim.take(f"{full}.lora_embedding_A"), claim.take(f"{full}.lora_embedding_B"), None
     else:
         a, b = claim.take(f"{full}.lora_A.weight"), claim.take(f"{full}.lora_B.weight")
-        bias = claim.take_if(f"{full}.lora_B.bias")
+        bias = claim.take(f"{full}.lora_B.bias") if source.config.get("lora_bias") else None
     module = full.removeprefix(PREFIX)
     rank = int(a.shape[0])
     if tuple(b.shape[1:]) not in ((rank,), (rank, *[1] * (len(b.shape) - 2))):
@@ -139,18 +140,58 @@ def _scale(source: Source, module: str, rank: int) -> float:
 def _pattern(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
     """As peft matches: the first pattern that the end of the module's name matches, from a dot on."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if matches(rf"(.*\.)?({pattern})$", module):
             return value
     if otherwise is None:
         raise CheckpointError(f"adapter_config.json has no lora_alpha, so the scale of {module} is unknown")
     return otherwise
 
 
+def matches(pattern: str, name: str) -> bool:
+    """``re.match`` for a pattern out of a file: one that takes longer than a second, or is none, is refused."""
+    import regex
+
+    try:
+        return regex.match(pattern, name, timeout=1) is not None
+    except (regex.error, TimeoutError) as error:
+        raise CheckpointError(f"adapter_config.json: the pattern {pattern[:80]!r} cannot be used: {error}") from error
+
+
+def targets(config: Mapping[str, Any]) -> Covers | None:
+    """The modules that peft adapts for this configuration, as it matches names; None where the list does not say."""
+    wanted, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    layers, saved = config.get("layers_to_transform"), config.get("modules_to_save") or []
+    if not wanted or wanted == "all-linear":
+        return None
+
+    def named(name: str, given: str | list[str]) -> bool:
+        if isinstance(given, str):
+            return matches(rf"(?:{given})\Z", name)
+        return any(name == end or name.endswith(f".{end}") for end in given)
+
+    def of_layer(name: str) -> bool:
+        if layers is None:
+            return True
+        chosen = [layers] if isinstance(layers, int) else layers
+        patterns = config.get("layers_pattern") or [r"[^.]*"]
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        found = next((m for p in patterns if (m := re.match(rf".*\.{p}\.(\d+)\.", name))), None)
+        return found is not None and int(found[1]) in chosen
+
+    def covers(names: Sequence[str]) -> list[str]:
+        kept = [n for n in names if named(n, wanted) and not (excluded and named(n, excluded)) and of_layer(n)]
+        return [n for n in kept if not any(part in n.split(".") for part in saved)]
+
+    return covers
+
+
 def _tokens(source: Source, claim: Claim) -> list[Adapter]:
     """Trainable tokens: ``X.token_adapter.trainable_tokens_delta`` holds the new vectors of the configured indices."""
     end = ".token_adapter.trainable_tokens_delta"
     indices = source.config.get("trainable_token_indices") or {}
-    found = []
+    found: list[Adapter] = []
+    if indices and not any(n.endswith(end) for n in claim.names()):
+        raise CheckpointError(f"{source.path}: trainable_token_indices is set, but the file holds no trained tokens")
     for name, vectors in claim.take_all(lambda n: n.endswith(end)).items():
         module = name.removeprefix(PREFIX).removesuffix(end)
         chosen = (
@@ -159,6 +200,11 @@ def _tokens(source: Source, claim: Claim) -> list[Adapter]:
         if chosen is None:
             raise CheckpointError(
                 f"{source.path}: {module} has trained tokens, but trainable_token_indices does not list it"
+            )
+        whole = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in chosen)
+        if not whole or len(set(chosen)) != len(chosen) or len(chosen) != len(vectors):
+            raise CheckpointError(
+                f"{source.path}: {module}: {len(vectors)} trained tokens do not fit the indices {str(chosen)[:80]}"
             )
         found.append(Adapter(module, "tokens", tokens.Params(tuple(chosen), vectors)))
     return found

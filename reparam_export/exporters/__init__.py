@@ -5,10 +5,11 @@ A target is a module with ``write()``, and a ``Runner`` where its files can be r
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,11 @@ def to_onnx(model: VerifiedModel, folder: Path, options: Options) -> Artifact:
             kept = lower(full, made, model.reference, options)
             floors = lowered_floors(model, scratch, options, floors)
         evidence = run_onnx(made, model, floors, options.precision, dict.fromkeys((1, 2, largest)))
+        if options.precision == "fp32" and model.reference.dtype != "float32":
+            own = replace(model, reference=stored_reference(model))
+            evidence += run_onnx(
+                made, own, own.reference.floors, "fp32 against the stored weights", dict.fromkeys((1, largest))
+            )
         _refuse(path.name, evidence, base_differences)
         for stale in folder.glob("model.onnx*"):
             stale.unlink()
@@ -196,6 +202,22 @@ def lowered_floors(
     return {o.output: max(o.error, floors[o.output]) for o in found}
 
 
+def stored_reference(model: VerifiedModel) -> Reference:
+    """The fused 16-bit weights themselves, in float64: what an fp32 file of them must answer to fp32's own floor.
+
+    The unfused model's floor in 16 bits is so wide that a fault of the exporter could hide below it.
+    """
+    import torch
+
+    from reparam_export.verification.outputs import measure_floors, run
+
+    inputs, names = model.reference.inputs, model.signature.outputs
+    exact = run(copy.deepcopy(model.module()).double(), model.signature, inputs, torch.float64)
+    truth = dict(zip(names, exact, strict=True))
+    single = run(copy.deepcopy(model.module()).float(), model.signature, inputs, torch.float32)
+    return Reference(inputs, truth, measure_floors(truth, single), "float32")
+
+
 def run_onnx(
     path: Path, model: VerifiedModel, floors: Mapping[str, float], precision: str, batches: Mapping[int, None]
 ) -> tuple[OutputEvidence, ...]:
@@ -204,7 +226,7 @@ def run_onnx(
 
     from reparam_export.exporters import onnx
 
-    dtype = TORCH_NAMES[precision] if precision != "fp32" else model.reference.dtype
+    dtype = TORCH_NAMES.get(precision, "float32") if precision != "fp32" else model.reference.dtype
     evidence: list[OutputEvidence] = []
     with onnx.Runner(path) as runner:
 

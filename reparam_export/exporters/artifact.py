@@ -22,6 +22,7 @@ class Artifact:
     ran: bool  # it was executed here against the reference; False: audited only
     note: str  # one line for the user: what was done, and what could not be
     outputs: tuple[OutputEvidence, ...] = ()
+    failure: str = ""  # why the target that was asked for is not there
     audit: EngineAudit | None = None
     kept_fp32: tuple[tuple[str, str], ...] = ()  # (node or tensor, reason)
     details: dict[str, Any] = field(default_factory=dict)  # opset, nodes, capabilities, builder, profile, seconds ...

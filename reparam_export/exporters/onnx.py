@@ -51,7 +51,8 @@ def write(
     from reparam_export.exporters._lean import lean
 
     graph = _traced(model, signature, example, opset)
-    read = lean(graph, model.state_dict().keys())
+    with _quiet():
+        read = lean(graph, model.state_dict().keys())
     unused = [names[0] for names in _distinct(model) if not read & set(names)]
     graph.metadata_props.update({**(metadata or {}), "unused": json.dumps(unused)})
     size = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)

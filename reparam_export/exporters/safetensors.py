@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.errors import ExportError
 from reparam_export.exporters.artifact import Artifact
-from reparam_export.files import read_json, save_safetensors, sha256
+from reparam_export.files import plain_shard_name, read_json, save_safetensors, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,17 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 BIAS_SWITCHES = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias", "bias", "add_bias_linear")
-NOT_CARRIED = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".h5", ".msgpack", ".gguf")
+CARRIED = (
+    ".json",
+    ".txt",
+    ".model",
+    ".jinja",
+    ".md",
+    ".tiktoken",
+    ".vocab",
+    ".merges",
+)  # config, tokenizer; never code
+NOT_CARRIED = (".index.json", "adapter_config.json")
 
 
 def export_folder(model: VerifiedModel, folder: Path) -> Artifact:
@@ -84,10 +94,12 @@ def hugging_face_folder(model: VerifiedModel) -> Path | None:
 def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], model: VerifiedModel) -> dict[str, Any]:
     """config, tokenizer and shards. Adds zero biases to ``tensors`` where a config switch needs them. Returns details."""
     for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(NOT_CARRIED) and file.name != "adapter_config.json":
+        inside = source.resolve() in file.resolve().parents or not file.is_symlink() or hub_cache(source)
+        if file.is_file() and inside and file.suffix in CARRIED and not file.name.endswith(NOT_CARRIED):
             shutil.copyfile(file, made / file.name)
     config = read_json(made / "config.json")
     changed = class_of(config, model) | bias_switches(config, tensors, model.weights.created)
+    config.pop("auto_map", None)
     config |= changed
     (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shards = shard_of(source, tensors)
@@ -98,18 +110,23 @@ def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], mod
         total = sum(t.numel() * t.element_size() for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shards.items()))}
         (made / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _load_with_transformers(made, tensors)
+    _load_with_transformers(made, tensors, model)
     return {"config_changed": changed, "shards": len(names)}
 
 
 def class_of(config: Mapping[str, Any], model: VerifiedModel) -> dict[str, Any]:
     """Config entries for the class and the labels of the proven model, where they are not the base folder's."""
-    own = model.module().config.to_dict()  # type: ignore[operator, union-attr]
+    from reparam_export.models import split_argument
+
+    module = model.module()
+    own = module.config.to_dict()  # type: ignore[operator, union-attr]
+    keywords = split_argument(str(model.checkpoint.base).partition(":")[2])[1]
     names = [
         "architectures",
         *(["id2label", "label2id"] if len(own["id2label"]) != len(config.get("id2label", "ab")) else []),
     ]
-    own["architectures"] = [type(model.module()).__name__]
+    names += [name for name in keywords if name not in ("architecture", "task", "attn_implementation", "num_labels")]
+    own["architectures"] = [type(module).__name__]
     return {name: own[name] for name in names if own[name] != config.get(name)}
 
 
@@ -140,9 +157,11 @@ def bias_switches(config: Mapping[str, Any], tensors: dict[str, Tensor], created
 
 def shard_of(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Which file each tensor goes to: the base's own sharding; a created bias beside its weight."""
-    if not (source / INDEX).is_file():
+    if (source / "model.safetensors").is_file() or not (source / INDEX).is_file():
         return dict.fromkeys(tensors, "model.safetensors")
     index: dict[str, str] = read_json(source / INDEX)["weight_map"]
+    for shard in index.values():
+        plain_shard_name(shard, source / INDEX)
     first = next(iter(index.values()))
     return {name: index.get(name) or index.get(f"{name.rpartition('.')[0]}.weight", first) for name in tensors}
 
@@ -175,16 +194,30 @@ def _parameters(config: Mapping[str, Any]) -> set[str]:
         return {name for name, _ in getattr(transformers, config["architectures"][0])(built).named_parameters()}
 
 
-def _load_with_transformers(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ExportError unless stock transformers loads the folder with these very tensors."""
+def hub_cache(source: Path) -> bool:
+    """Is this a snapshot of the hub's cache, whose files are links to its blobs?"""
+    return source.parent.name == "snapshots"
+
+
+def _load_with_transformers(folder: Path, tensors: Mapping[str, Tensor], model: VerifiedModel) -> None:
+    """Raises ExportError unless stock transformers loads the folder with these tensors, and answers as the proven model does."""
+    import torch
+
     from reparam_export.errors import ReparamError
     from reparam_export.models import Base
+    from reparam_export.verification.outputs import run
 
     try:
-        state = Base(f"hf:{folder}").build()[0].state_dict()
+        module, signature = Base(f"hf:{folder}", inputs=model.signature.inputs).build()
+        state = module.state_dict()
     except ReparamError as error:
         raise ExportError(f"transformers does not take the fused folder: {error}") from error
     _same({name: state[name] for name in tensors if name in state}, tensors, "the folder as transformers loads it")
+    dtype = getattr(torch, model.reference.dtype)
+    few = {name: tensor[:2] for name, tensor in model.reference.inputs.items()}
+    pairs = zip(*(run(m.to(dtype), signature, few, dtype) for m in (module, model.module())), strict=True)
+    if not all(torch.equal(a, b) for a, b in pairs):
+        raise ExportError("the fused folder, as transformers loads it, answers otherwise than the proven model")
 
 
 def _same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:

@@ -46,7 +46,8 @@ class Exported:
 
     @property
     def passed(self) -> bool:
-        return not (self.stale or self.tensors_found) and all(output.passed for output in self.artifact.outputs)
+        clean = not (self.stale or self.tensors_found or self.artifact.failure)
+        return clean and all(output.passed for output in self.artifact.outputs)
 
 
 @dataclass(frozen=True)

@@ -94,11 +94,15 @@ def artifact_failures(exported: Exported) -> Iterator[str]:
     if exported.tensors_found:
         found = exported.tensors_found
         yield f"{artifact.path} still holds {plural(len(found), 'adapter tensor')}, first {found[0]}"
+    if artifact.failure:
+        yield f"{artifact.path}: {artifact.failure}"
     yield from (f"{artifact.path}, {output_failure(output)}" for output in artifact.outputs if not output.passed)
 
 
 def ran_sentence(exported: Exported) -> str:
     """Whether the artefact was executed on this machine, in words nobody can misread."""
+    if exported.artifact.failure:
+        return "Not written"
     if exported.artifact.ran:
         return "Run here against the reference"
     return "Audited only, not run here" if exported.audit else "Not run here"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ from reparam_export.adapters import kind
 from reparam_export.assembly import adapted, base_of, fused, with_replaced
 from reparam_export.checkpoints import Adapter, Checkpoint
 from reparam_export.errors import EquivalenceError
-from reparam_export.fusion import Advance, FusedWeights, by_module, own_state
+from reparam_export.fusion import DTYPES, Advance, FusedWeights, by_module, own_state, touched_module
+from reparam_export.layouts import layout_of, matrix
 from reparam_export.models import Signature, read_inputs, samples
 from reparam_export.verification.certificate import (
     CarriedEvidence,
@@ -117,8 +118,9 @@ def prove_weights(
 ) -> tuple[LayerEvidence, ...]:
     """The weight proof of every adapter. Raises EquivalenceError for a touched tensor that is missing or mis-shaped."""
     evidence = []
-    for done, adapter in enumerate(checkpoint.adapters, 1):
-        module = base.get_submodule(adapter.module)
+    order = {name: number for number, (name, _) in enumerate(base.named_modules())}
+    for done, adapter in enumerate(sorted(checkpoint.adapters, key=lambda a: order.get(a.module, 0)), 1):
+        module = touched_module(base, adapter.module)
         expected, found = tuple(module.get_parameter("weight").shape), weights.tensors.get(f"{adapter.module}.weight")
         if found is None or tuple(found.shape) != expected:
             raise EquivalenceError(
@@ -126,10 +128,35 @@ def prove_weights(
                 f"{'no such tensor' if found is None else tuple(found.shape)} in the fused weights",
                 layer=adapter.module,
             )
+        bias = weights.tensors.get(f"{adapter.module}.bias")
+        fits = bias is None or (
+            tuple(bias.shape) == (matrix_rows(module, adapter.module),) and bias.is_floating_point()
+        )
+        if not fits or not found.is_floating_point():
+            raise EquivalenceError(
+                f"{adapter.module}: the fused weights hold it as {found.dtype} {tuple(found.shape)}"
+                + (f" with a bias {bias.dtype} {tuple(bias.shape)}" if bias is not None else "")
+                + "; expected floating point numbers and one bias per output",
+                layer=adapter.module,
+            )
         evidence.append(prove_layer(module, adapter, weights.tensors, seed=seed, limit=limit))
         if advance is not None:
             advance(done, len(checkpoint.adapters))
     return tuple(evidence)
+
+
+def prove_again(checkpoint: Checkpoint, weights: FusedWeights, certificate: Certificate) -> None:
+    """The weight proof once more, for a certificate that was picked up from disk. Raises EquivalenceError."""
+    base = with_replaced(base_of(checkpoint).build()[0], checkpoint)
+    layers = prove_weights(base, checkpoint, weights, certificate.seed, EXHAUSTIVE_LIMIT)
+    again = replace(certificate, layers=layers, carried=_carried(base, checkpoint, weights))
+    if again.verdict == "wrong":
+        raise refusal(again, None)
+
+
+def matrix_rows(module: nn.Module, name: str) -> int:
+    """The number of outputs of a touched module."""
+    return int(matrix(module.get_parameter("weight"), layout_of(name, module)).shape[0])
 
 
 def prove_outputs(
@@ -147,6 +174,7 @@ def prove_outputs(
     idle = tuple(n for n in by_module(checkpoint) if not reference_model.get_submodule(n).calls)
     truth = dict(zip(signature.outputs, exact, strict=True))
     noisy = run(unfused(dtype), signature, given, dtype)
+    _check_repeatable(checkpoint, noisy, run(unfused(dtype), signature, given, dtype))
     reference = Reference(given, truth, measure_floors(truth, noisy), str(dtype).removeprefix("torch."))
     model = fused(copy.deepcopy(base), weights.tensors).to(dtype)
     outputs: list[OutputEvidence] = []
@@ -159,6 +187,24 @@ def prove_outputs(
         models = (unfused(torch.float64), unfused(dtype), model)
         layer = first_parting(models, (torch.float64, dtype, dtype), signature, given, list(by_module(checkpoint)))
     return reference, tuple(outputs), layer, idle
+
+
+def _check_repeatable(checkpoint: Checkpoint, once: Sequence[Tensor], again: Sequence[Tensor]) -> None:
+    """Raises EquivalenceError for a model that answers the same input in two ways: nothing can be proven of it."""
+    import torch
+
+    if not all(torch.equal(a, b) or not bool(a.isfinite().all()) for a, b in zip(once, again, strict=True)):
+        raise EquivalenceError(
+            f"{checkpoint.base}: the unfused model answers the same samples differently on each call (dropout that eval() does not "
+            "switch off, random numbers in the forward, or state that a call changes); nothing can be proven of it"
+        )
+
+
+def asked_dtype(weights: FusedWeights) -> torch.dtype | None:
+    """The storage that was asked for; None: each tensor as in the base."""
+    import torch
+
+    return getattr(torch, DTYPES[weights.dtype]) if weights.dtype else None
 
 
 def storage_dtype(weights: FusedWeights) -> torch.dtype:
@@ -192,6 +238,11 @@ def refusal(certificate: Certificate, layer: str | None) -> EquivalenceError:
             never = certificate.unexercised[0]
             where = (
                 f"; {never} is never called (its weight is read directly), so an adapter on it has no unfused forward"
+            )
+        if bad.error <= bad.bound:
+            where = (
+                f", which is as large as the output itself ({bad.magnitude:.3g}): in {bad.dtype} this model's own noise hides "
+                "everything; prove it with real --inputs, or in a wider --dtype"
             )
         parts.append(
             f"output {bad.output} at batch {bad.batch} is off by {bad.error:.3g}, bound {bad.bound:.3g}{where}"
@@ -250,7 +301,7 @@ def _graph(base: nn.Module, weights: FusedWeights, signature: Signature, given: 
 def _carried(base: nn.Module, checkpoint: Checkpoint, weights: FusedWeights) -> CarriedEvidence:
     state, _ = own_state(base)
     touched = {f"{a.module}.{part}" for a in checkpoint.adapters for part in ("weight", "bias")}
-    evidence = prove_carried(state, weights.tensors, touched, checkpoint.replaced)
+    evidence = prove_carried(state, weights.tensors, touched, checkpoint.replaced, asked_dtype(weights))
     outside: list[str] = []
     for name, adapters in by_module(checkpoint).items():
         outside += uncovered(base.get_submodule(name), adapters, weights.tensors)

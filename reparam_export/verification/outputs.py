@@ -5,7 +5,7 @@
     bound      MULTIPLE x max(floor, u max|reference|), u the unit roundoff of that precision
 
 Two runs of one network that differ in the order of their roundings are each about one floor away from the truth; three bits more
-than that is no longer rounding.
+than that is no longer rounding. A bound as large as the outputs themselves decides nothing, and is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from reparam_export.errors import EquivalenceError
 from reparam_export.models import Signature, outputs_of_call, pure_float64
 from reparam_export.verification.certificate import OutputEvidence
 
@@ -56,7 +57,13 @@ def run(
         for start in range(0, count, step):
             batch = (inputs[i.name][start : start + step] for i in signature.inputs)
             tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in batch)
-            parts.append(outputs_of_call(model, signature, tensors))
+            found = outputs_of_call(model, signature, tensors)
+            for name, tensor in zip(signature.outputs, found, strict=True):
+                if tensor.ndim == 0 or len(tensor) != len(tensors[0]):
+                    raise EquivalenceError(
+                        f"output {name} has shape {tuple(tensor.shape)} for a batch of {len(tensors[0])}; expected one row per sample"
+                    )
+            parts.append(found)
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -96,7 +103,12 @@ def distance(found: Tensor, expected: Tensor) -> float:
     """max |found - expected|; infinite for a NaN, an infinity or another shape."""
     if found.shape != expected.shape or not bool(found.isfinite().all()):
         return math.inf
-    return float((found.double() - expected).abs().max()) if found.numel() else 0.0
+    return float((found.double() - expected.double()).abs().max()) if found.numel() else 0.0
+
+
+def passes(error: float, floor: float, bound: float, magnitude: float) -> bool:
+    """Within a bound that means something: where a model that answers 0 would be within it too, only equality passes."""
+    return math.isfinite(floor) and error <= bound and (bound < magnitude or error == 0)
 
 
 def roundoff(dtype: str) -> float:
@@ -126,7 +138,7 @@ def _evidence(
         floor=floor,
         bound=bound,
         agree=agree,
-        passed=math.isfinite(floor) and error <= bound,
+        passed=passes(error, floor, bound, _largest(expected)),
     )
 
 
@@ -175,4 +187,4 @@ def _trace(
 
 
 def _largest(tensor: Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
+    return float(tensor.double().abs().max()) if tensor.numel() else 0.0

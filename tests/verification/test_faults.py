@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,32 +204,92 @@ def test_a_failed_proof_without_wrong_weights_names_the_first_layer_that_parts(h
     assert fused.sha256() != error.evidence.weights_sha256
 
 
-def test_probes_catch_a_wrong_row_and_state_what_they_can_miss() -> None:
+def probed_layer() -> tuple[torch.nn.Module, Affine, Adapter, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
     module = torch.nn.Linear(64, 48)
     layer = Affine(module.weight.detach().double(), module.bias.detach().double())
     params = glora.example(3, layer)
     fused = glora.fuse(layer, params)
-    tensors = {"layer.weight": fused.weight.float(), "layer.bias": fused.bias.float()}
-    clean = prove_layer(module, Adapter("layer", "glora", params), tensors, seed=0, limit=0)
-    assert (clean.method, clean.verdict, clean.probes) == ("probes", "rounded", proof.PROBES)
-    row = tensors["layer.weight"][7]
-    row += (
-        2
-        * clean.detectable
-        * fused.weight.norm(dim=1).max().float()
-        * torch.nn.functional.normalize(torch.randn(64), dim=0)
+    tensors = {"layer.weight": fused.weight.bfloat16(), "layer.bias": fused.bias.bfloat16()}
+    return module, layer, Adapter("layer", "glora", params), tensors
+
+
+def test_a_probed_layer_is_as_strict_on_every_entry() -> None:
+    """Large layers: one entry off, and the unfused base passed off as the fused layer, are both wrong."""
+    module, layer, adapter, tensors = probed_layer()
+    clean = prove_layer(module, adapter, tensors, seed=0, limit=0)
+    assert (clean.method, clean.verdict, clean.probes) == ("probes", "exact", proof.PROBES)
+    assert clean.detectable < 1e-10
+    assert (
+        prove_layer(module, adapter, tensors | {"layer.weight": layer.weight.bfloat16()}, seed=0, limit=0).verdict
+        == "wrong"
     )
-    wrong = prove_layer(module, Adapter("layer", "glora", params), tensors, seed=0, limit=0)
+    tensors["layer.weight"][7, 5] *= 1 + 2**-5  # 4 rounding units
+    wrong = prove_layer(module, adapter, tensors, seed=0, limit=0)
     assert wrong.verdict == "wrong"
     assert wrong.worst is not None
-    assert wrong.worst["index"] == [7]
+    assert wrong.worst["index"] == [7, 5]
+
+
+def test_probes_catch_a_closed_form_that_is_not_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, layer, adapter, _ = probed_layer()
+    right = glora.fuse
+
+    def slightly_wrong(base: Affine, p: Any) -> Affine:
+        fused = right(base, p)
+        weight = fused.weight.clone()
+        weight[7] += 100 * 1e-12 * torch.randn(64, dtype=torch.float64)
+        return Affine(weight, fused.bias)
+
+    monkeypatch.setattr(glora, "fuse", slightly_wrong)
+    fused = slightly_wrong(layer, adapter.params)
+    tensors = {"layer.weight": fused.weight.float(), "layer.bias": fused.bias.float()}
+    wrong = prove_layer(module, adapter, tensors, seed=0, limit=0)
+    assert wrong.verdict == "wrong"
+    assert wrong.worst is not None
+    assert (wrong.worst["tensor"], wrong.worst["index"]) == ("output row", [7])
+
+
+def test_cancellation_inside_an_adapter_is_not_called_exact() -> None:
+    """Components of 1e9 that cancel leave nothing of float64 to prove the layer with."""
+    from reparam_export.adapters import lora
+    from reparam_export.affine import Bottleneck
+
+    torch.manual_seed(0)
+    module = torch.nn.Linear(16, 16)
+    a, b = torch.randn(1, 16, dtype=torch.float64), torch.randn(16, 1, dtype=torch.float64)
+    pair = Bottleneck(Affine(torch.cat([a * 1e9, a * 1e9])), Affine(torch.cat([b * 1e9, -b * 1e9], dim=1)))
+    tensors = {"layer.weight": module.weight.detach() + 0.1 * torch.randn(16, 16), "layer.bias": module.bias.detach()}
+    assert prove_layer(module, Adapter("layer", "lora", lora.Params(pair, 1.0)), tensors, seed=0).verdict == "wrong"
+
+
+def test_a_model_that_answers_differently_each_time_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "noisy.py").write_text(
+        "import torch\n"
+        "class Noisy(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        torch.manual_seed(0)\n"
+        "        self.fc = torch.nn.Linear(6, 4)\n"
+        "    def forward(self, x):\n"
+        "        return torch.nn.functional.dropout(self.fc(x), 0.5, training=True)\n"
+        "def build():\n"
+        "    return Noisy()\n"
+    )
+    torch.save(
+        {"fc.adapter.conv_A.weight": torch.ones(2, 6, 1), "fc.adapter.conv_B.weight": torch.ones(6, 1, 1)},
+        tmp_path / "c.pt",
+    )
+    checkpoint = rx.read(tmp_path / "c.pt", f"py:{tmp_path / 'noisy.py'}:build", inputs=["x=batch,6:float32"])
+    with pytest.raises(EquivalenceError, match="differently on each call"):
+        rx.verify(checkpoint, rx.fuse(checkpoint))
 
 
 def test_rows_outside_a_packed_adapter_must_stay(tmp_path: object) -> None:
     """An adapter on v of a packed qkv leaves q and k alone, and the proof looks."""
     checkpoint = CASES["repadapter_linear"].read()
     part = next(a for a in checkpoint.adapters if a.module == "blocks.0.attn.qkv")
-    packed = replace(checkpoint, adapters=(replace(part, rows=(128, 192)),))
+    packed = replace(checkpoint, adapters=(replace(part, rows=(128, 192)),), covers=lambda names: [])
     fused = rx.fuse(packed)
     assert rx.verify(packed, fused).certificate.verdict == "exact"
     tensors = {name: tensor.clone() for name, tensor in fused.tensors.items()}
@@ -246,3 +307,13 @@ def test_weights_changed_after_the_proof_cannot_be_used(hydra: Case) -> None:
     model.weights.tensors["head.weight"][0, 0] += 1
     with pytest.raises(EquivalenceError):
         model.module()
+
+
+def test_a_bound_as_large_as_the_outputs_decides_nothing() -> None:
+    from reparam_export.verification.outputs import passes
+
+    assert passes(error=1e-6, floor=1e-6, bound=8e-6, magnitude=1.0)
+    assert not passes(error=9e-6, floor=1e-6, bound=8e-6, magnitude=1.0)
+    assert not passes(error=0.5, floor=0.2, bound=1.6, magnitude=1.0)
+    assert passes(error=0.0, floor=0.0, bound=0.0, magnitude=0.0)
+    assert not passes(error=0.0, floor=float("inf"), bound=float("inf"), magnitude=1.0)
