@@ -379,6 +379,11 @@ def _export(
                 save_failure(folder, target, model.certificate.weights_sha256, str(error))
                 raise
         console.line(f"{folder / artifact.path}: {artifact.note}")
+        if artifact.kept_fp32:
+            console.line(f"kept in fp32: {len(artifact.kept_fp32)} weights and nodes, listed in the report")
+        for name, reason in artifact.kept_fp32:
+            if reason.startswith("holds "):  # a weight beyond the format
+                console.line(f"kept in fp32: {name} {reason}")
         artifacts.append(artifact)
     return artifacts
 

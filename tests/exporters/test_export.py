@@ -229,3 +229,28 @@ def test_the_safetensors_file_loads_into_a_plain_timm_model(
     with torch.no_grad():
         answer = model(hydra.inputs()["image"].double())
     assert float((answer - hydra.expected()).abs().max()) < 2e-5
+
+
+def test_a_fused_weight_beyond_fp16_is_kept_in_fp32_and_named(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        torch.manual_seed(0)\n"
+        "        self.a, self.b = torch.nn.Linear(6, 4), torch.nn.Linear(4, 3)\n"
+        "    def forward(self, x):\n"
+        "        return self.b(torch.tanh(self.a(x)))\n"
+        "def build():\n"
+        "    return Net()\n"
+    )
+    pair = {"a.adapter.conv_A.weight": torch.ones(2, 6, 1), "a.adapter.conv_B.weight": 1e7 * torch.ones(6, 1, 1)}
+    torch.save(pair, tmp_path / "c.pt")
+    checkpoint = rx.read(tmp_path / "c.pt", f"py:{tmp_path / 'net.py'}:build", inputs=["x=batch,6:float32"])
+    artifact = rx.export(
+        rx.verify(checkpoint, rx.fuse(checkpoint)), "onnx", tmp_path / "out", precision="fp16", batch=(1, 2, 3)
+    )
+    assert any(name == "a.weight" and reason.startswith("holds ") for name, reason in artifact.kept_fp32)
+    kinds = {i.name: i.data_type for i in onnx.load(tmp_path / "out" / "model.onnx").graph.initializer}
+    assert kinds["a.weight"] == onnx.TensorProto.FLOAT
+    assert kinds["b.weight"] == onnx.TensorProto.FLOAT16
