@@ -80,6 +80,24 @@ def vit(folder: str) -> str:
     return "timm:vit_tiny_patch16_224?" + "&".join(f"{name}={value}" for name, value in given.items())
 
 
+def own_model(folder: Path, layers: str, forward: str) -> str:
+    """Write a user's own model file; returns the base spec. layers: an assignment to attributes of self; forward: an expression in x."""
+    (folder / "net.py").write_text(
+        "import torch\n"
+        "from torch.nn import Linear\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        torch.manual_seed(0)\n"
+        f"        {layers}\n"
+        "    def forward(self, x):\n"
+        f"        return {forward}\n"
+        "def build():\n"
+        "    return Net()\n"
+    )
+    return f"py:{folder / 'net.py'}:build"
+
+
 CASES = {
     case.name: case
     for case in (

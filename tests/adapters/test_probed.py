@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from conftest import own_model
 from torch import nn
 
 import reparam_export as rx
@@ -92,18 +93,7 @@ def test_dropout_is_off_and_the_module_is_left_as_it_was() -> None:
 
 def test_a_layer_without_a_closed_form_goes_through_the_whole_proof(tmp_path: Path) -> None:
     """peft's DoRA layer, module and all, as the adapter of a model: fused, proven, and equal to peft's own forward."""
-    (tmp_path / "net.py").write_text(
-        "import torch\n"
-        "class Net(torch.nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        torch.manual_seed(0)\n"
-        "        self.layer = torch.nn.Linear(12, 8)\n"
-        "    def forward(self, x):\n"
-        "        return torch.tanh(self.layer(x))\n"
-        "def build():\n"
-        "    return Net()\n"
-    )
+    base = own_model(tmp_path, "self.layer = Linear(12, 8)", "torch.tanh(self.layer(x))")
     torch.manual_seed(0)
     model = peft.get_peft_model(Net(), CONFIGS["dora"])
     layer = model.base_model.model.layer.eval()
@@ -111,7 +101,7 @@ def test_a_layer_without_a_closed_form_goes_through_the_whole_proof(tmp_path: Pa
         {"layer.adapter.conv_A.weight": torch.ones(2, 12, 1), "layer.adapter.conv_B.weight": torch.ones(12, 1, 1)},
         tmp_path / "c.pt",
     )
-    checkpoint = rx.read(tmp_path / "c.pt", f"py:{tmp_path / 'net.py'}:build", inputs=["x=batch,12:float32"])
+    checkpoint = rx.read(tmp_path / "c.pt", base, inputs=["x=batch,12:float32"])
     checkpoint = replace(checkpoint, adapters=(rx.Adapter("layer", "probed", probed.Params(layer, "layer")),))
     proven = rx.verify(checkpoint, rx.fuse(checkpoint))
     assert proven.certificate.verdict == "exact"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES
+from conftest import CASES, own_model
 from safetensors.torch import load_file, save_file
 
 import reparam_export as rx
@@ -200,21 +200,10 @@ ADAPTER = {
     ids=lambda change: str(change)[:60],
 )
 def test_a_damaged_file_of_our_own_is_one_error(tmp_path: Path, change: dict[str, Any]) -> None:
-    (tmp_path / "net.py").write_text(
-        "import torch\n"
-        "class Net(torch.nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        torch.manual_seed(0)\n"
-        "        self.fc = torch.nn.Linear(4, 4)\n"
-        "    def forward(self, x):\n"
-        "        return self.fc(x)\n"
-        "def build():\n"
-        "    return Net()\n"
-    )
+    base = own_model(tmp_path, "self.fc = Linear(4, 4)", "self.fc(x)")
     content = {"format": NATIVE, "base": None, "base_state": None, "adapters": [ADAPTER], "replaced": {}, "notes": []}
     torch.save(content, tmp_path / "good.pt")
-    base, inputs = f"py:{tmp_path / 'net.py'}:build", ["x=batch,4:float32"]
+    inputs = ["x=batch,4:float32"]
     rx.fuse(rx.read(tmp_path / "good.pt", base, inputs=inputs))
     torch.save(content | change, tmp_path / "ckpt.pt")
     with pytest.raises(ReparamError):

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import CASES, Case
+from conftest import CASES, Case, own_model
 
 import reparam_export as rx
 from reparam_export import exporters
@@ -110,23 +110,12 @@ def test_a_file_that_answers_wrongly_is_not_kept(hydra_model: VerifiedModel, tmp
 
 def test_every_output_of_a_model_is_compared(tmp_path: Path) -> None:
     """A model with two outputs, the second of which alone is wrong."""
-    (tmp_path / "two.py").write_text(
-        "import torch\n"
-        "class Two(torch.nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        torch.manual_seed(0)\n"
-        "        self.a, self.b = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)\n"
-        "    def forward(self, x):\n"
-        "        return self.a(x), self.b(x)\n"
-        "def build():\n"
-        "    return Two()\n"
-    )
+    base = own_model(tmp_path, "self.a, self.b = Linear(6, 4), Linear(6, 4)", "self.a(x), self.b(x)")
     torch.save(
         {"b.adapter.conv_A.weight": torch.ones(2, 6, 1), "b.adapter.conv_B.weight": torch.ones(6, 1, 1)},
         tmp_path / "c.pt",
     )
-    checkpoint = rx.read(tmp_path / "c.pt", f"py:{tmp_path / 'two.py'}:build", inputs=["x=batch,6:float32"])
+    checkpoint = rx.read(tmp_path / "c.pt", base, inputs=["x=batch,6:float32"])
     weights = rx.fuse(checkpoint)
     model = rx.verify(checkpoint, weights)
     assert {o.output for o in model.certificate.outputs} == set(model.signature.outputs)
@@ -232,21 +221,10 @@ def test_the_safetensors_file_loads_into_a_plain_timm_model(
 
 
 def test_a_fused_weight_beyond_fp16_is_kept_in_fp32_and_named(tmp_path: Path) -> None:
-    (tmp_path / "net.py").write_text(
-        "import torch\n"
-        "class Net(torch.nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        torch.manual_seed(0)\n"
-        "        self.a, self.b = torch.nn.Linear(6, 4), torch.nn.Linear(4, 3)\n"
-        "    def forward(self, x):\n"
-        "        return self.b(torch.tanh(self.a(x)))\n"
-        "def build():\n"
-        "    return Net()\n"
-    )
+    base = own_model(tmp_path, "self.a, self.b = Linear(6, 4), Linear(4, 3)", "self.b(torch.tanh(self.a(x)))")
     pair = {"a.adapter.conv_A.weight": torch.ones(2, 6, 1), "a.adapter.conv_B.weight": 1e7 * torch.ones(6, 1, 1)}
     torch.save(pair, tmp_path / "c.pt")
-    checkpoint = rx.read(tmp_path / "c.pt", f"py:{tmp_path / 'net.py'}:build", inputs=["x=batch,6:float32"])
+    checkpoint = rx.read(tmp_path / "c.pt", base, inputs=["x=batch,6:float32"])
     artifact = rx.export(
         rx.verify(checkpoint, rx.fuse(checkpoint)), "onnx", tmp_path / "out", precision="fp16", batch=(1, 2, 3)
     )

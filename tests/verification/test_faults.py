@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, Case
+from conftest import CASES, Case, own_model
 
 import reparam_export as rx
 from reparam_export.adapters import glora
@@ -264,23 +264,12 @@ def test_cancellation_inside_an_adapter_is_not_called_exact() -> None:
 
 
 def test_a_model_that_answers_differently_each_time_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "noisy.py").write_text(
-        "import torch\n"
-        "class Noisy(torch.nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        torch.manual_seed(0)\n"
-        "        self.fc = torch.nn.Linear(6, 4)\n"
-        "    def forward(self, x):\n"
-        "        return torch.nn.functional.dropout(self.fc(x), 0.5, training=True)\n"
-        "def build():\n"
-        "    return Noisy()\n"
-    )
+    base = own_model(tmp_path, "self.fc = Linear(6, 4)", "torch.nn.functional.dropout(self.fc(x), 0.5, training=True)")
     torch.save(
         {"fc.adapter.conv_A.weight": torch.ones(2, 6, 1), "fc.adapter.conv_B.weight": torch.ones(6, 1, 1)},
         tmp_path / "c.pt",
     )
-    checkpoint = rx.read(tmp_path / "c.pt", f"py:{tmp_path / 'noisy.py'}:build", inputs=["x=batch,6:float32"])
+    checkpoint = rx.read(tmp_path / "c.pt", base, inputs=["x=batch,6:float32"])
     with pytest.raises(EquivalenceError, match="differently on each call"):
         rx.verify(checkpoint, rx.fuse(checkpoint))
 
