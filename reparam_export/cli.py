@@ -364,7 +364,8 @@ def _export(
     **options: Any,
 ) -> list[Artifact]:
     from reparam_export import export as write
-    from reparam_export.folder import save_failure
+    from reparam_export.exporters.artifact import failed
+    from reparam_export.folder import save_artifact
 
     artifacts = []
     gpus = tuple(filter(None, (gpu or "").split(",")))
@@ -376,7 +377,7 @@ def _export(
             try:
                 artifact = write(model, target, folder, batch=_batch(batch), gpus=gpus, **options)
             except ReparamError as error:
-                save_failure(folder, target, model.certificate.weights_sha256, str(error))
+                save_artifact(folder, failed(target, model.certificate.weights_sha256, str(error)))
                 raise
         console.line(f"{folder / artifact.path}: {artifact.note}")
         if artifact.kept_fp32:

@@ -211,26 +211,6 @@ def save_artifact(folder: Path, artifact: Artifact) -> None:
     write_json(path, {"artifacts": [*kept, asdict(artifact)]})
 
 
-def save_failure(folder: Path, target: str, weights_sha256: str, reason: str) -> None:
-    """Put a target that was asked for and could not be had into ``artifact.json``, so that no report is green without it."""
-    from reparam_export.exporters.artifact import Artifact
-
-    save_artifact(
-        folder,
-        Artifact(
-            target=target,
-            path={"onnx": "model.onnx", "trt": "model.engine"}.get(target, target),
-            precision="",
-            size=0,
-            sha256="",
-            weights_sha256=weights_sha256,
-            ran=False,
-            note="not written",
-            failure=reason,
-        ),
-    )
-
-
 def prepare(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> set[str]:
     """Check an output folder before anything is written; the stages that are done there for this very recipe.
 

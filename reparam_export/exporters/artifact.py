@@ -26,3 +26,9 @@ class Artifact:
     audit: EngineAudit | None = None
     kept_fp32: tuple[tuple[str, str], ...] = ()  # (node or tensor, reason)
     details: dict[str, Any] = field(default_factory=dict)  # opset, nodes, capabilities, builder, profile, seconds ...
+
+
+def failed(target: str, weights_sha256: str, reason: str) -> Artifact:
+    """A target that was asked for and could not be had: it goes into ``artifact.json``, so that no report is green without it."""
+    path = {"onnx": "model.onnx", "trt": "model.engine"}.get(target, target)
+    return Artifact(target, path, "", 0, "", weights_sha256, ran=False, note="not written", failure=reason)
