@@ -64,7 +64,8 @@ def export_folder(model: VerifiedModel, folder: Path) -> Artifact:
             shutil.rmtree(target)
         made.replace(target)
     files = [target] if target.is_file() else sorted(p for p in target.iterdir() if p.is_file())
-    loaded = "read back, and loaded by transformers, bit for bit" if source else "read back bit for bit"
+    stock = "loaded by stock transformers: tensors and outputs equal the proven model's bit for bit"
+    loaded = stock if source else "read back bit for bit"
     return Artifact(
         target="safetensors",
         path=name,
