@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.errors import EquivalenceError, UsageError
 from reparam_export.exporters.artifact import Artifact
-from reparam_export.models import Signature
+from reparam_export.files import sha256
+from reparam_export.fusion import DTYPES
 from reparam_export.verification.certificate import OutputEvidence
-from reparam_export.verification.outputs import Reference, compare, distance
+from reparam_export.verification.outputs import Reference, compare
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from reparam_export.verification import VerifiedModel
 
-PRECISIONS = ("fp32", "fp16", "bf16")
-TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 TARGETS = ("onnx", "trt", "safetensors")
 BATCH = (1, 8, 64)
 
@@ -61,12 +60,12 @@ def export(
 
     if target not in TARGETS:
         raise UsageError(f"unknown target {target!r}; there are: {', '.join(TARGETS)}")
-    if precision not in PRECISIONS:
-        raise UsageError(f"unknown precision {precision!r}; there are: {', '.join(PRECISIONS)}")
+    if precision not in DTYPES:
+        raise UsageError(f"unknown precision {precision!r}; there are: {', '.join(DTYPES)}")
     options = Options(precision, opset, batch, tuple(gpus))
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    model.module()  # refuses weights that are not the proven ones
+    model.check()
     save_evidence(place, model)
     if target == "safetensors":
         from reparam_export.exporters.safetensors import export_folder
@@ -120,7 +119,7 @@ def to_onnx(model: VerifiedModel, folder: Path, options: Options) -> Artifact:
         path=path.name,
         precision=options.precision,
         size=sum(f.stat().st_size for f in folder.glob("model.onnx*")),
-        sha256=_sha256(path),
+        sha256=sha256(path),
         weights_sha256=model.certificate.weights_sha256,
         ran=True,
         note=f"run by onnxruntime on the {graph.pop('device')} at batch {', '.join(map(str, dict.fromkeys((1, 2, largest))))}: "
@@ -226,7 +225,7 @@ def run_onnx(
 
     from reparam_export.exporters import onnx
 
-    dtype = TORCH_NAMES.get(precision, "float32") if precision != "fp32" else model.reference.dtype
+    dtype = model.reference.dtype if precision.startswith("fp32") else DTYPES[precision]
     evidence: list[OutputEvidence] = []
     with onnx.Runner(path) as runner:
 
@@ -263,7 +262,7 @@ def to_engine(model: VerifiedModel, folder: Path, options: Options, source: Arti
         evidence = run_engine(made, model, source, options) if ran else ()
         _refuse(path.name, evidence, [])
         fused, adapters = audited(model, source)
-        dtypes = ("float32",) if options.precision == "fp32" else ("float32", TORCH_NAMES[options.precision])
+        dtypes = ("float32",) if options.precision == "fp32" else ("float32", DTYPES[options.precision])
         found = audit(made, fused, adapters, dtypes=dtypes, precisions=details["precisions"])
         if found.adapter_tensors_found:
             names = ", ".join(found.adapter_tensors_found[:3])
@@ -277,7 +276,7 @@ def to_engine(model: VerifiedModel, folder: Path, options: Options, source: Arti
         path=path.name,
         precision=options.precision,
         size=path.stat().st_size,
-        sha256=_sha256(path),
+        sha256=sha256(path),
         weights_sha256=model.certificate.weights_sha256,
         ran=ran,
         note=f"built from {source.path} by {details['builder']}; audited: {inside}; {run}",
@@ -375,12 +374,3 @@ def _refuse(name: str, evidence: Sequence[OutputEvidence], differences: Sequence
 def _numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     result: np.ndarray[Any, Any] = tensor.detach().contiguous().numpy()
     return result
-
-
-def _sha256(path: Path) -> str:
-    from reparam_export.files import sha256
-
-    return sha256(path)
-
-
-__all__ = ["Artifact", "Options", "Signature", "distance", "export"]

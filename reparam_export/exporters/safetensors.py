@@ -45,7 +45,6 @@ NOT_CARRIED = (".index.json", "adapter_config.json")
 def export_folder(model: VerifiedModel, folder: Path) -> Artifact:
     """Write the fused weights below ``folder`` and read them back. Raises ExportError."""
     started = time.perf_counter()
-    model.module()  # refuses weights that are not the proven ones
     source = hugging_face_folder(model)
     name = "model.safetensors" if source is None else "hf"
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:

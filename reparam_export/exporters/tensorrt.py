@@ -17,10 +17,10 @@ from reparam_export.errors import ExportError, UsageError
 from reparam_export.exporters._engines import Runner as Runner
 from reparam_export.exporters._engines import backend, messages, this_gpu
 from reparam_export.exporters._files import placed
+from reparam_export.fusion import DTYPES as PRECISIONS
 
 GPUS = ("sm80", "sm86", "sm89", "sm120")  # sm75 refuses fp32 matrix products
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
-WANTED = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def write(
@@ -186,9 +186,9 @@ def _stated(onnx_path: Path) -> str:
 
 
 def _require(products: Mapping[str, int], precision: str, name: str) -> None:
-    if precision not in WANTED:
-        raise UsageError(f"unknown precision {precision!r}; there are: {', '.join(WANTED)}")
-    if products and WANTED[precision] not in products:
+    if precision not in PRECISIONS:
+        raise UsageError(f"unknown precision {precision!r}; there are: {', '.join(PRECISIONS)}")
+    if products and PRECISIONS[precision] not in products:
         raise ExportError(
             f"{name}: {precision} was asked for, but the network's matrix products are {dict(products)}; "
             f"lower the ONNX file first"

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reparam_export.adapters import kind
 from reparam_export.assembly import adapted, base_of, fused, with_replaced
-from reparam_export.checkpoints import Adapter, Checkpoint
+from reparam_export.checkpoints import Checkpoint
 from reparam_export.errors import EquivalenceError
 from reparam_export.fusion import DTYPES, Advance, FusedWeights, by_module, own_state, touched_module
 from reparam_export.layouts import layout_of, matrix
@@ -46,14 +45,18 @@ class VerifiedModel:
     reference: Reference
     certificate: Certificate
 
-    def module(self) -> nn.Module:
-        """The plain fused model, in its storage dtypes. Raises EquivalenceError if the weights are not the proven ones."""
+    def check(self) -> None:
+        """Raises EquivalenceError if the weights are not the proven ones."""
         found = self.weights.sha256()
         if found != self.certificate.weights_sha256 or self.certificate.verdict == "wrong":
             raise EquivalenceError(
                 f"these weights ({found[:12]}) are not the ones that were proven ({self.certificate.weights_sha256[:12]}); "
                 "verify them again"
             )
+
+    def module(self) -> nn.Module:
+        """The plain fused model, in its storage dtypes. Raises EquivalenceError if the weights are not the proven ones."""
+        self.check()
         return fused(base_of(self.checkpoint).build()[0], self.weights.tensors)
 
     def unfused(self, dtype: torch.dtype) -> nn.Module:
@@ -306,6 +309,3 @@ def _carried(base: nn.Module, checkpoint: Checkpoint, weights: FusedWeights) -> 
     for name, adapters in by_module(checkpoint).items():
         outside += uncovered(base.get_submodule(name), adapters, weights.tensors)
     return CarriedEvidence(evidence.compared, evidence.equal, evidence.replaced, (*evidence.different, *outside))
-
-
-__all__ = ["Adapter", "Certificate", "VerifiedModel", "kind", "refusal", "verify"]
