@@ -1,0 +1,82 @@
+"""The command line. No logic in it: one command, one file; each is one stage, ``convert`` is all of them.
+
+A command is a module with the name ``command``; it is found by its file name and imported when it is called.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from reparam_export import plugins
+from reparam_export.errors import ReparamError
+
+EXIT_CODES = """Exit codes: 0 proven and written; 1 not equivalent; 2 wrong call; 3 checkpoint or base not understood; 4 cannot be fused;
+5 the target refused, or the disk did; 70 a fault of reparam-export itself."""
+FLOW = ("inspect", "fuse", "verify", "export", "report", "convert")  # in the order of the work; others follow
+
+
+class Commands(click.Group):
+    """The modules of this folder as commands."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        found = plugins.names("cli")
+        return [*(name for name in FLOW if name in found), *(name for name in found if name not in FLOW)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in plugins.names("cli"):
+            return None
+        command: click.Command = plugins.load("cli", cmd_name).command
+        return command
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog=EXIT_CODES,
+)
+@click.version_option(package_name="reparam-export")
+def cli() -> None:
+    """Fold trained adapters into their base weights, prove that nothing changed, and export.
+
+    \b
+    reparam-export convert ckpt.pt --to trt
+    reparam-export convert cifar.pt --base timm:vit_base_patch16_224 --base-weights ViT-B_16.npz \\
+        --config cifar.yaml --to onnx --to trt -o out/
+    """
+
+
+def main() -> None:
+    """Entry point: runs the command; turns errors into one message and the documented exit code."""
+    as_json = "--json" in sys.argv[1:]
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("Aborted", "interrupted", 130, as_json)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"\n{context.get_usage()}" if context is not None and not as_json else ""
+        _fail("UsageError", error.format_message() + hint, error.exit_code, as_json)
+    except ReparamError as error:
+        _fail(type(error).__name__, str(error), error.exit_code, as_json)
+    except MemoryError:
+        _fail("MemoryError", "out of memory", 5, as_json)
+    except OSError as error:
+        _fail("OSError", f"{error.filename or 'output'}: {error.strerror or error}", 5, as_json)
+    except Exception as error:  # a fault of ours must not look like a verdict
+        import traceback
+
+        traceback.print_exc()
+        _fail(type(error).__name__, f"internal error, please report it: {type(error).__name__}: {error}", 70, as_json)
+
+
+def _fail(kind: str, message: str, code: int, as_json: bool) -> None:
+    from reparam_export.console import clean
+
+    if as_json:
+        import json
+
+        print(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}, indent=1))
+    click.echo("\n".join(clean(line) for line in f"error: {message}".splitlines()), err=True)
+    sys.exit(code)

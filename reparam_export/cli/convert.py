@@ -1,0 +1,55 @@
+"""``reparam-export convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from reparam_export.cli._options import AGAIN, CHECKPOINT, DTYPE, EXPORT, JSON, OUT, SAMPLES, out_folder, recipe_of_call
+from reparam_export.cli._stages import check_export, console_of, export_stage, fuse_stage, report_stage, verify_stage
+
+
+@click.command(__name__.rpartition(".")[2])
+@CHECKPOINT
+@DTYPE
+@SAMPLES
+@EXPORT
+@OUT
+@AGAIN
+@JSON
+def command(
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+    dtype: str | None,
+    inputs: Path | None,
+    count: int,
+    seed: int,
+    **given: Any,
+) -> None:
+    """Fuse, verify, export and report in one go."""
+    from reparam_export.folder import load_proof, prepare, same_samples
+
+    console = console_of(as_json)
+    options = {name: given.pop(name) for name in ("targets", "precision", "opset", "batch", "gpu")}
+    builder = check_export(options)
+    if builder:
+        console.line(f"engine: {builder}")
+    recipe = recipe_of_call(dtype=dtype, **given)
+    folder = out_folder(out, recipe)
+    done = prepare(folder, recipe, resume=resume, overwrite=overwrite)
+    if "fused" not in done:
+        fuse_stage(console, recipe, folder)
+    try:
+        known = "proof" in done and same_samples(folder, inputs, count, seed)
+        model = load_proof(folder) if known else verify_stage(console, folder, inputs, count, seed)
+        artifacts = export_stage(console, model, folder, **options)
+    finally:
+        if (folder / "fused.json").is_file():
+            written = report_stage(console, folder)
+    console.result(
+        {"folder": str(folder), "verdict": written.verdict, "report": str(written.html), "artifacts": artifacts}
+    )

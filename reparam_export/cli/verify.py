@@ -1,0 +1,24 @@
+"""``reparam-export verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from reparam_export.cli._options import FOLDER, JSON, SAMPLES
+from reparam_export.cli._stages import console_of, read_record, verify_stage
+
+
+@click.command(__name__.rpartition(".")[2])
+@FOLDER
+@SAMPLES
+@JSON
+def command(folder: Path, inputs: Path | None, count: int, seed: int, as_json: bool) -> None:
+    """Prove that the fused weights in FOLDER are the trained model: writes verification.json."""
+    console = console_of(as_json)
+    try:
+        verify_stage(console, folder, inputs, count, seed)
+    finally:
+        if (folder / "verification.json").is_file():
+            console.result({"folder": str(folder), **read_record(folder / "verification.json")})
