@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.checkpoints import Checkpoint, Recipe
 from reparam_export.errors import CheckpointError, EquivalenceError, UsageError
-from reparam_export.files import load_safetensors, read_json, save_safetensors, sha256
+from reparam_export.files import load_safetensors, read_json, replace_file, save_safetensors, sha256
 
 if TYPE_CHECKING:
     from reparam_export.exporters.artifact import Artifact
@@ -41,16 +41,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     replace_file(
         path, lambda temporary: temporary.write_text(json.dumps(plain_json(content), indent=1) + "\n", encoding="utf-8")
     )
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a temporary file beside ``path``, then rename it; on failure nothing is left of it."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights) -> None:

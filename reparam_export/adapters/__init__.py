@@ -2,6 +2,14 @@
 
 ``apply`` is the specification: the unfused forward, transcribed from the paper. ``fuse`` is the claim: the closed form.
 Both see ``Affine`` maps and the kind's own ``Params`` only, never a model or a tensor name of a file.
+
+A kind may also have
+
+    initial(base, **settings)   the Params that training starts from: the paper's, with which it changes nothing
+    DROPOUT                     where its low-rank pairs drop out in training: "before" or "after" the way down
+    count(p)                    trainable parameters as its paper counts them, where that is not the size of all tensors
+    branches(base, p)           the parts of the change of W that its paper tells apart, by name
+    magnitude(x, base, p)       the size of what ``apply`` sums, where its formula on absolute values does not tell it
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""What the kinds made of low-rank pairs share: their shapes, and random ones without a zero for ``example``."""
+"""What the kinds made of low-rank pairs share: shapes, what they are trained from, random ones without a zero for ``example``."""
 
 from __future__ import annotations
 
 from reparam_export.affine import Affine, Bottleneck, Tensor
+from reparam_export.errors import UsageError
+
+INITS = ("xavier", "kaiming", "normal")
 
 
 class Draw:
@@ -44,3 +47,30 @@ def bottleneck_shapes(name: str, pair: Bottleneck, in_features: int, out_feature
     if pair.up.bias is not None:
         shapes[f"{name}.up.bias"] = (out_features,)
     return shapes
+
+
+def initial_pair(
+    like: Tensor, rank: int, in_features: int, out_features: int, *, init: str, bias: bool = False
+) -> Bottleneck:
+    """A pair that changes nothing yet: a random way down, a zero way up, zero biases; dtype and device of ``like``.
+
+    init: "xavier" (uniform), "kaiming" (uniform with a = sqrt(5), as loralib) or "normal" (deviation 0.02).
+    """
+    down = drawn(like.new_empty(rank, in_features), init)
+    up = like.new_zeros(out_features, rank)
+    return Bottleneck(
+        Affine(down, like.new_zeros(rank) if bias else None), Affine(up, like.new_zeros(out_features) if bias else None)
+    )
+
+
+def drawn(tensor: Tensor, init: str) -> Tensor:
+    """The tensor, filled from torch's global generator. Raises UsageError for an unknown ``init``."""
+    from torch import nn
+
+    if init == "xavier":
+        return nn.init.xavier_uniform_(tensor)
+    if init == "kaiming":
+        return nn.init.kaiming_uniform_(tensor, a=5**0.5)
+    if init == "normal":
+        return nn.init.normal_(tensor, std=0.02)
+    raise UsageError(f"init {init!r}: expected one of {', '.join(INITS)}")

@@ -8,12 +8,13 @@ Fine-tuning", 2023, equation 10 and section 3.2. (Not the same as today's peft G
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from reparam_export.adapters._bottleneck import Draw
+from reparam_export.adapters._bottleneck import Draw, drawn
 from reparam_export.affine import Affine, Tensor
-from reparam_export.errors import FusionError
+from reparam_export.errors import FusionError, UsageError
 
 CHOICES: dict[str, tuple[str, ...]] = {  # LoRA stands for LoRA_k with any k up to the stored rank
     "A": ("LoRA", "vector", "constant", "none"),
@@ -44,6 +45,9 @@ class Path:
             elif k is not None and not 1 <= k <= rank:
                 found.append(f"{support}={choice!r} but the stored rank is {rank}")
         return found
+
+
+UNCHOSEN = Path(*["unchosen"] * 5)  # of a supernet, which holds all paths and has no defined output
 
 
 @dataclass(frozen=True)
@@ -80,15 +84,34 @@ def bias_support(choice: str, v: Tensor) -> Tensor:
 
 def apply(x: Tensor, base: Affine, p: Params) -> Tensor:
     W, b, path = base.weight, base.bias, p.path  # noqa: N806
-    A, B = support(path.A, p.Ad, p.Au), support(path.B, p.Bd, p.Bu)  # noqa: N806
-    y = base(x) + Affine(W * A)(x) + Affine(0 * W + B)(x)
-    if b is not None:
+    y = base(x)
+    if path.A != "none":
+        y = y + _scaled(x, W, path.A, p)
+    if path.B != "none":
+        y = y + _added(x, path.B, p)
+    if b is not None and path.D != "none":
         y = y + b * bias_support(path.D, p.D)
     if path.E != "none":
         y = y + bias_support(path.E, p.E)
     if path.C != "none":
         y = y + base.linear()(_column(W, support(path.C, p.Cd, p.Cu)))
     return y
+
+
+def _scaled(x: Tensor, W: Tensor, choice: str, p: Params) -> Tensor:  # noqa: N803
+    """(W*A) x: one number a of A for a row, or for all of W, scales that row's output: a (W x)."""
+    A = support(choice, p.Ad, p.Au)  # noqa: N806
+    if lora_rank(choice) is not None:
+        return Affine(W * A)(x)
+    return Affine(W)(x) * A.reshape(-1)
+
+
+def _added(x: Tensor, choice: str, p: Params) -> Tensor:
+    """B x: through the low-rank pair, or one number of B for a row, or for all of W, times the sum of x."""
+    k = lora_rank(choice)
+    if k is not None:
+        return Affine(p.Bd[:, :k])(Affine(p.Bu[:k, :])(x))
+    return x.sum(-1)[..., None] * support(choice, p.Bd, p.Bu).reshape(-1)
 
 
 def fuse(base: Affine, p: Params) -> Affine:
@@ -119,6 +142,68 @@ def shapes(out_features: int, in_features: int, p: Params) -> dict[str, tuple[in
         "Cu": (rank, 1),
         "D": (out_features,),
         "E": (out_features,),
+    }
+
+
+def initial(
+    base: Affine, rank: int = 4, *, path: Path | Mapping[str, str] | None = None, init: str = "xavier"
+) -> Params:
+    """Ad, Bd, Cd, D, E zero, Au, Bu, Cu random: "xavier" as the authors' ViT code, "kaiming" as their fork of peft.
+
+    path: the choice for every layer, {"A": "LoRA_4", ...}; a supernet, which tries all of them, is made by ``supernet()``.
+    """
+    if path is None:
+        raise UsageError(
+            'kind "glora": give the path, path={"A": "LoRA_4", "B": "vector", "C": "none", "D": "constant", "E": "vector"}, '
+            "or make a supernet of all paths with supernet()"
+        )
+    chosen = path if isinstance(path, Path) else path_of(path)
+    problems = chosen.problems(rank)
+    if problems:
+        raise UsageError(f"path: {problems[0]}")
+    like, out, inn = base.weight, base.out_features, base.in_features
+    zeros, random = like.new_zeros, like.new_empty
+    return Params(
+        chosen,
+        zeros(out, rank),
+        drawn(random(rank, inn), init),
+        zeros(out, rank),
+        drawn(random(rank, inn), init),
+        zeros(inn, rank),
+        drawn(random(rank, 1), init),
+        zeros(out),
+        zeros(out),
+    )
+
+
+def path_of(choices: Mapping[str, str]) -> Path:
+    """The Path of a mapping of exactly A, B, C, D and E. Raises UsageError."""
+    if set(choices) != set("ABCDE"):
+        raise UsageError(f"path: expected a choice for each of A, B, C, D, E; found {', '.join(map(str, choices))}")
+    return Path(**{name: str(choice) for name, choice in choices.items()})
+
+
+def count(p: Params) -> int:
+    out, inn = int(p.D.shape[0]), int(p.Au.shape[1])
+    return path_parameters(p.path, out, inn)
+
+
+def path_parameters(path: Path, out_features: int, in_features: int) -> int:
+    """Trainable parameters of one path on one layer, as ``get_param`` of the authors' search counts them."""
+    full = {"A": (out_features, in_features), "B": (out_features, in_features), "C": (in_features, 1)}
+    total = 0
+    for name, choice in asdict(path).items():
+        rows, columns = full.get(name, (out_features, 0))
+        k = lora_rank(choice)
+        total += k * (rows + columns) if k is not None else {"vector": rows, "constant": 1, "none": 0}[choice]
+    return total
+
+
+def branches(base: Affine, p: Params) -> dict[str, Tensor]:
+    W = base.weight  # noqa: N806
+    return {
+        "A": W * support(p.path.A, p.Ad, p.Au) + 0 * W,
+        "B": 0 * W + support(p.path.B, p.Bd, p.Bu),
     }
 
 

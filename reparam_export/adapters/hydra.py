@@ -10,8 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from reparam_export.adapters._bottleneck import Draw, bottleneck_shapes
+from reparam_export.adapters._bottleneck import Draw, bottleneck_shapes, initial_pair
 from reparam_export.affine import Affine, Bottleneck, Tensor
+from reparam_export.errors import UsageError
+
+DROPOUT = "after"
+BRANCHES = ("both", "parallel", "sequential")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,49 @@ def shapes(out_features: int, in_features: int, p: Params) -> dict[str, tuple[in
         if hasattr(scale, "shape"):
             expected[name] = tuple(scale.shape) if len(scale.shape) == 0 else (1,)
     return expected
+
+
+def initial(
+    base: Affine,
+    rank: int,
+    *,
+    scale: float = 1.0,
+    learnable_scale: bool = False,
+    branches: str = "both",
+    sequential_rank: int | None = None,
+    bias: bool = True,
+    init: str = "xavier",
+) -> Params:
+    """Down random, up and biases zero, both scales the same number.
+
+    The defaults are those of the authors' vtab1k code; their CLIP code has init="normal", rank 2 and, if asked for,
+    learnable scales from 1.0; their RoBERTa code init="kaiming", bias=False, rank 4 and sequential_rank 8.
+    """
+    if branches not in BRANCHES:
+        raise UsageError(f"branches {branches!r}: expected one of {', '.join(BRANCHES)}")
+    out, inn = base.out_features, base.in_features
+
+    def pair(rank: int, width: int) -> Bottleneck:
+        return initial_pair(base.weight, rank, width, out, init=init, bias=bias)
+
+    def start() -> Any:
+        return base.weight.new_full((1,), scale) if learnable_scale else float(scale)
+
+    return Params(
+        None if branches == "sequential" else pair(rank, inn),
+        None if branches == "parallel" else pair(sequential_rank or rank, out),
+        0.0 if branches == "sequential" else start(),
+        0.0 if branches == "parallel" else start(),
+    )
+
+
+def branches(base: Affine, p: Params) -> dict[str, Tensor]:
+    found = {}
+    if p.parallel is not None:
+        found["parallel"] = p.parallel.down.then(p.parallel.up).times(p.parallel_scale).weight
+    if p.sequential is not None:
+        found["sequential"] = base.then(p.sequential.down).then(p.sequential.up).times(p.sequential_scale).weight
+    return found
 
 
 def example(seed: int, base: Affine) -> Params:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from reparam_export.adapters._bottleneck import Draw, bottleneck_shapes
+from reparam_export.adapters._bottleneck import Draw, bottleneck_shapes, initial_pair
 from reparam_export.affine import Affine, Bottleneck, Tensor
+
+DROPOUT = "before"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ def fuse(base: Affine, p: Params) -> Affine:
 
 def shapes(out_features: int, in_features: int, p: Params) -> dict[str, tuple[int, ...]]:
     return bottleneck_shapes("pair", p.pair, in_features, out_features)
+
+
+def initial(base: Affine, rank: int, *, scale: float = 1.0, init: str = "kaiming") -> Params:
+    """As the authors' loralib: down kaiming uniform, up zero."""
+    return Params(initial_pair(base.weight, rank, base.in_features, base.out_features, init=init), float(scale))
 
 
 def example(seed: int, base: Affine) -> Params:

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from reparam_export.adapters._bottleneck import Draw, bottleneck_shapes
+from reparam_export.adapters._bottleneck import Draw, bottleneck_shapes, initial_pair
 from reparam_export.affine import Affine, Bottleneck, Tensor
+
+DROPOUT = "after"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,12 @@ def fuse(base: Affine, p: Params) -> Affine:
 
 def shapes(out_features: int, in_features: int, p: Params) -> dict[str, tuple[int, ...]]:
     return bottleneck_shapes("pair", p.pair, in_features, in_features)
+
+
+def initial(base: Affine, rank: int, *, scale: float = 1.0, bias: bool = True, init: str = "xavier") -> Params:
+    """As the authors' code with one group: down xavier uniform, up and biases zero."""
+    inn = base.in_features
+    return Params(initial_pair(base.weight, rank, inn, inn, init=init, bias=bias), float(scale))
 
 
 def example(seed: int, base: Affine) -> Params:

@@ -230,7 +230,7 @@ def read(
     given.check_all_used(name)
     _check(source.path, parts)
     if not inspecting:
-        _check_finite(source.path, parts)
+        check_finite(parts, source.path)
     return Checkpoint(
         path=source.path,
         format=name,
@@ -357,7 +357,8 @@ def _check(path: Path, parts: Parts) -> None:
         seen[adapter.module].append((start, stop))
 
 
-def _check_finite(path: Path, parts: Parts) -> None:
+def check_finite(parts: Parts | Checkpoint, path: Path | str = "") -> None:
+    """Every tensor is dense, of a usable dtype and finite. Raises CheckpointError."""
     for name, tensor in _named(parts):
         real = any(str(tensor.dtype).endswith(kind) for kind in ("float16", "float32", "float64"))  # bfloat16 too
         if not real and not (name in parts.replaced and "int" in str(tensor.dtype)):

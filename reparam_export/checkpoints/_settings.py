@@ -91,12 +91,16 @@ class Settings:
         return [known[layer] for layer in layers]
 
     def check_all_used(self, format_name: str) -> None:
-        """Raises UsageError for a ``--set`` name that nothing read: a misspelt setting must not pass."""
+        """Raises UsageError for a ``--set`` name, or paths, that nothing read: a misspelt setting must not pass."""
         unused = sorted(self.given - set(self.used))
         if unused:
             raise UsageError(
                 f"--set {unused[0]}: the {format_name} format reads no such setting; "
                 f"it reads: {', '.join(sorted(set(self.used) - {'paths'})) or 'none'}"
+            )
+        if self.paths is not None and "paths" not in self.used:
+            raise UsageError(
+                f"{self._names()}: holds GLoRA paths, but no layer of this {format_name} checkpoint has one to choose; leave it out"
             )
 
     def _miss(self, message: str, **fields: str) -> None:

@@ -39,12 +39,13 @@ def supports(source: Source, claim: Claim, *, mark: str, prefix: str) -> tuple[A
     for layer, path in zip(layers, paths, strict=True):
         tensors = [claim.take(f"{prefix}{layer}{mark}{name}") for name in TENSORS]
         adapters.append(
-            Adapter(layer, "glora", glora.Params(_path(source, layer, path, tensors[0].shape[1]), *tensors))
+            Adapter(layer, "glora", glora.Params(path_of(source, layer, path, tensors[0].shape[1]), *tensors))
         )
     return tuple(adapters)
 
 
-def _path(source: Source, layer: str, choice: Choice | None, rank: int) -> glora.Path:
+def path_of(source: Source, layer: str, choice: Choice | None, rank: int) -> glora.Path:
+    """The choice of one layer, "none" throughout while inspecting. Raises CheckpointError."""
     path = glora.Path(**(choice or dict.fromkeys("ABCDE", "none")))
     problems = path.problems(rank)
     if problems:

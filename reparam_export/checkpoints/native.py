@@ -8,19 +8,21 @@
      "replaced": {name: tensor},
      "notes": [str]}
 
-``params`` are the fields of the kind's ``Params``, nested as its dataclasses are. A ``py:`` base is never taken from a file: naming code to
+``params`` are the fields of the kind's ``Params``, nested as its dataclasses are. A GLoRA supernet has the path "unchosen" throughout: its
+candidate is given with ``--config``, as for the authors' file. A ``py:`` base is never taken from a file: naming code to
 run is for the command line.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from reparam_export.adapters import kind
+from reparam_export.adapters import glora, kind
 from reparam_export.checkpoints import NATIVE, Adapter, Parts, Source
+from reparam_export.checkpoints.glora_vit import path_of
 from reparam_export.errors import CheckpointError, ReparamError
 
 LOOKED_FOR = f'a torch file with "format": "{NATIVE}" (written by save())'
@@ -45,12 +47,28 @@ def read(source: Source) -> Parts:
     if not isinstance(adapters, list):
         raise CheckpointError(f"{path}: 'adapters' must be a list, found {type(adapters).__name__}")
     return Parts(
-        tuple(_adapter(path, entry) for entry in adapters),
+        _with_paths(source, [_adapter(path, entry) for entry in adapters]),
         replaced=_tensors(path, content.get("replaced") or {}),
         base=base,
         base_state=_tensors(path, content.get("base_state") or {}),
         notes=tuple(map(str, content.get("notes") or ())),
         covers=lambda names: [],  # attach() adapts what it is told to
+    )
+
+
+def _with_paths(source: Source, adapters: list[Adapter]) -> tuple[Adapter, ...]:
+    """Of a saved supernet, the layers on the path that the settings say."""
+    open_layers = [a for a in adapters if a.kind == "glora" and a.params.path == glora.UNCHOSEN]
+    if not open_layers:
+        return tuple(adapters)
+    names = [a.module for a in open_layers]
+    paths = source.settings.layer_paths(names, found_in="the search's checkpoint-N.pth.tar")
+    chosen = {
+        a.module: path_of(source, a.module, path, int(a.params.Ad.shape[1]))
+        for a, path in zip(open_layers, paths, strict=True)
+    }
+    return tuple(
+        replace(a, params=replace(a.params, path=chosen[a.module])) if a.module in chosen else a for a in adapters
     )
 
 

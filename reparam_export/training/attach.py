@@ -1,37 +1,25 @@
-"""Trainable adapters on the linear layers of a frozen model, and our own checkpoint format of what was trained.
+"""Trainable adapters on the linear layers of a frozen model.
 
-    attach()      each targeted layer now runs its kind's ``apply``: what is trained is what is folded and proven later
-    trainable()   how many numbers an optimizer would change
-    save()        adapters, trained tensors and the base in one file, which ``reparam_export.read`` takes as it is
-
-A kind can be trained when it has a function in ``INITIAL``: the Params it starts from, with which it changes nothing.
+attach()      each targeted layer now runs its kind's ``apply``: what is trained is what is folded and proven later
+trainable()   how many numbers an optimizer would change;  adapter_parameters()   as the papers count
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reparam_export.adapters import hydra, kind, lora, repadapter
+from reparam_export import adapters, plugins
 from reparam_export.affine import Affine, Bottleneck, map_tensors, tensors_of
-from reparam_export.assembly import tied_names
-from reparam_export.checkpoints import NATIVE
-from reparam_export.checkpoints.native import BASES, to_plain
-from reparam_export.errors import FusionError, SharedWeightError, UsageError
-from reparam_export.files import PICKLES
-from reparam_export.layouts import layout_of, matrix
-from reparam_export.models import split_argument
-
-READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # may use a child's weight without calling it
+from reparam_export.errors import UsageError
+from reparam_export.layouts import layout_of, matrix, stored
+from reparam_export.training.targets import Targets, targeted, trained_modules
 
 
 class Frozen(Affine):
@@ -41,18 +29,31 @@ class Frozen(Affine):
         return F.linear(x, self.weight, self.bias)
 
 
+@dataclass(frozen=True)
+class Dropped(Bottleneck):
+    """A low-rank pair in training: numbers of its input ("before") or of its narrow middle ("after") are dropped."""
+
+    place: str = "after"
+    rate: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        narrow = self.down(F.dropout(x, self.rate)) if self.place == "before" else F.dropout(self.down(x), self.rate)
+        y: Tensor = self.up(narrow)
+        return y
+
+
 class Attached(nn.Module):
     """A frozen linear layer with a trainable adapter: x (..., in) -> (..., out) is ``kind.apply(x, base, params)``.
 
     ``weight`` and ``bias`` are the layer's own, under their own names; the adapter's tensors are in ``adapter``.
     """
 
-    def __init__(self, layer: nn.Module, layout: str, kind_name: str, params: Any) -> None:
+    def __init__(self, layer: nn.Module, layout: str, kind_name: str, params: Any, dropout: float = 0.0) -> None:
         super().__init__()
         self.in_features, self.out_features = matrix(layer.weight, layout).shape[::-1]  # type: ignore[arg-type]
         self.weight = layer.weight
         self.bias = getattr(layer, "bias", None)
-        self.layout, self.kind = layout, kind_name
+        self.layout, self.kind, self.dropout = layout, kind_name, dropout
         self.adapter = nn.ParameterDict({_key(name): tensor for name, tensor in tensors_of(params).items()})
         self._fields = map_tensors(params, lambda t: t.to("meta"))  # how the tensors of ``adapter`` make up Params
 
@@ -61,246 +62,143 @@ class Attached(nn.Module):
         tensors = iter([self.adapter[_key(name)] for name in tensors_of(self._fields)])
         return map_tensors(self._fields, lambda _: next(tensors))
 
+    def frozen(self) -> Affine:
+        """The base layer's own map."""
+        return Frozen(matrix(self.weight, self.layout), self.bias)  # type: ignore[arg-type]
+
     def forward(self, x: Tensor) -> Tensor:
-        base = Frozen(matrix(self.weight, self.layout), self.bias)  # type: ignore[arg-type]
-        y: Tensor = kind(self.kind).apply(x, base, self.params())
+        kind, params = adapters.kind(self.kind), self.params()
+        if self.training and self.dropout:
+            pairs = {f.name: p for f in fields(params) if isinstance(p := getattr(params, f.name), Bottleneck)}
+            place = kind.DROPOUT  # type: ignore[attr-defined]
+            params = replace(params, **{n: Dropped(p.down, p.up, place, self.dropout) for n, p in pairs.items()})
+        y: Tensor = kind.apply(x, self.frozen(), params)
         return y
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The plain layer with the adapter in its weight, computed in float64 and rounded once to the layer's dtype.
+
+        ``timm.utils.reparameterize_model`` calls it, so it folds attached adapters too.
+        """
+        weight, bias = self.weight, self.bias
+        base = Affine(matrix(weight.double(), self.layout), None if bias is None else bias.double())  # type: ignore[arg-type]
+        fused = adapters.kind(self.kind).fuse(base, map_tensors(self.params(), torch.Tensor.double))
+        plain = self.plain(bias=fused.bias is not None)
+        plain.weight = nn.Parameter(stored(fused.weight, self.layout, weight.shape).to(weight.dtype))  # type: ignore[arg-type]
+        if fused.bias is not None:
+            plain.bias = nn.Parameter(fused.bias.to(weight.dtype if bias is None else bias.dtype))
+        return plain.train(self.training)
+
+    def plain(self, *, bias: bool) -> nn.Module:
+        """A plain layer of this one's kind and size, without numbers yet."""
+        if self.layout == "linear":
+            return nn.Linear(self.in_features, self.out_features, bias=bias, device="meta")
+        from transformers.pytorch_utils import Conv1D
+
+        return Conv1D(self.out_features, self.in_features)  # type: ignore[no-untyped-call]
 
 
 def attach(
-    model: nn.Module, kind: str, targets: str | Sequence[str], *, train: str | Sequence[str] = (), **settings: Any
+    model: nn.Module,
+    kind: str,
+    targets: Targets,
+    *,
+    train: str | Sequence[str] = (),
+    dropout: float = 0.0,
+    **settings: Any,
 ) -> nn.Module:
     """Put a trainable adapter on every linear layer that a target names; changes ``model`` and returns it.
 
-    kind: "hydra" (rank, scale=1.0, branches="both", "parallel" or "sequential", bias=True), "lora" (rank, scale=1.0) or
-    "repadapter" (rank, scale=1.0, bias=True). targets, train: module names, ``*`` and ``?`` as in file names.
-    All else is frozen but the modules in ``train`` (a new head), with everything inside them. Before training the model
-    gives the base's outputs bit for bit. Adapters are drawn from torch's global generator, in the layer's dtype.
+    kind, settings: any kind with ``initial()`` and its arguments: "hydra" (rank, scale, learnable_scale, branches,
+    sequential_rank, bias, init), "lora" (rank, scale, init), "repadapter" (rank, scale, bias, init), "glora" (rank, path,
+    init), ... targets: see ``targets.py``. train: modules to train whole (a new head), by glob. dropout: of the low-rank
+    pairs, where the kind's paper has it. All else is frozen. Before training the model gives the base's outputs bit for bit.
+    Adapters are drawn from torch's global generator, in the layer's dtype and on its device.
     Raises UsageError (unknown kind or setting, a name that matches nothing, a layer that cannot be adapted),
     SharedWeightError (a tied weight).
     """
-    initial = _initial(kind, settings)
-    layers = _targeted(model, _listed(targets))
-    _check_shared(model, layers)
-    trained = _trained_modules(model, _listed(train))
-    attached = {name: _attached(model, name, kind, initial) for name in layers}
-    model.requires_grad_(False)
+    initial = initial_of(kind, settings)
+    trained = trained_modules(model, train)
+    attached = {n: attached_layer(model, n, kind, initial, dropout=dropout) for n in targeted(model, targets)}
+    put(model, attached)
     for name in trained:
         model.get_submodule(name).requires_grad_(True)
+    return model
+
+
+def put(model: nn.Module, attached: Mapping[str, Attached]) -> None:
+    """Replace the modules of these names; everything but the adapters in them is frozen."""
+    model.requires_grad_(False)
     for name, module in attached.items():
         module.weight.requires_grad_(False)
         if module.bias is not None:
             module.bias.requires_grad_(False)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, module)
-    return model
 
 
 def trainable(model: nn.Module) -> int:
-    """The number of trainable parameters; tied ones count once."""
+    """The number of trainable parameters, adapters and modules trained whole; tied ones count once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def save(model: nn.Module, path: str | Path, *, base: str | None, base_state: bool | None = None) -> None:
-    """Write the trained model to ``path`` (.pt), as our own format; the file appears whole or not at all.
-
-    base: spec of the plain base, "timm:...", "hf:..." or "open_clip:..."; None: to be given when it is read.
-    base_state: put the frozen base's tensors into the file, under the plain base's names; default: for a timm base
-    without pretrained=true, which exists nowhere else. ``replaced`` are the trained modules and running statistics.
-    Raises UsageError for a model without adapters, a base or an ending that cannot be read back.
-    """
-    path = Path(path)
-    attached = {name: module for name, module in model.named_modules() if isinstance(module, Attached)}
-    if not attached:
-        raise UsageError(f"{path}: the model has no adapter to save; expected one that attach() was called on")
-    if not path.name.endswith(PICKLES):
-        raise UsageError(f"{path}: expected a name that ends in {', '.join(PICKLES)}; found {path.name!r}")
-    if base is not None and not base.startswith(BASES):
-        raise UsageError(f"base {base!r}: expected {', '.join(BASES)} or None; give any other when reading, as --base")
-    with_base = _exists_nowhere_else(base) if base_state is None else base_state
-    own = {f"{name}.adapter.{tensor}" for name, module in attached.items() for tensor in module.adapter}
-    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items() if name not in own}
-    replaced = {name: state[name] for name in _trained_tensors(model) if name in state}
-    content = {
-        "format": NATIVE,
-        "base": base,
-        "base_state": {name: t for name, t in state.items() if name not in replaced} if with_base else None,
-        "adapters": [
-            {
-                "module": name,
-                "kind": module.kind,
-                "rows": None,
-                "params": to_plain(map_tensors(module.params(), Tensor.cpu)),
-            }
-            for name, module in attached.items()
-        ],
-        "replaced": replaced,
-        "notes": [],
-    }
-    _write(path, content)
+def adapter_parameters(model: nn.Module) -> int:
+    """The parameters of all adapters as their papers count them: without heads, and of GLoRA only those of the path."""
+    total = 0
+    for _, module in attached_of(model):
+        params = module.params()
+        count: Callable[[Any], int] | None = getattr(adapters.kind(module.kind), "count", None)
+        total += sum(t.numel() for t in tensors_of(params).values()) if count is None else count(params)
+    return total
 
 
-def hydra_params(
-    base: Affine, rank: int, scale: float = 1.0, branches: str = "both", bias: bool = True
-) -> hydra.Params:
-    """As the authors' vtab1k code: down xavier uniform, up and biases zero. Raises UsageError for unknown branches."""
-    if branches not in ("both", "parallel", "sequential"):
-        raise UsageError(f"branches {branches!r}: expected 'both', 'parallel' or 'sequential'")
-    out = base.out_features
-    parallel = None if branches == "sequential" else _pair(base, rank, base.in_features, out, bias)
-    sequential = None if branches == "parallel" else _pair(base, rank, out, out, bias)
-    return hydra.Params(parallel, sequential, float(scale), float(scale))
+def attached_of(model: nn.Module) -> list[tuple[str, Attached]]:
+    """Every attached layer by name, in the order of the model's modules."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Attached)]
 
 
-def lora_params(base: Affine, rank: int, scale: float = 1.0) -> lora.Params:
-    """As the authors' loralib: down kaiming uniform with a = sqrt(5), up zero, no biases."""
-    pair = _pair(base, rank, base.in_features, base.out_features, False, partial(nn.init.kaiming_uniform_, a=5**0.5))
-    return lora.Params(pair, float(scale))
+def trainable_kinds() -> list[str]:
+    """The kinds that can be attached."""
+    return [name for name in plugins.names("adapters") if hasattr(adapters.kind(name), "initial")]
 
 
-def repadapter_params(base: Affine, rank: int, scale: float = 1.0, bias: bool = True) -> repadapter.Params:
-    """As the authors' code with one group: down xavier uniform, up zero, biases zero."""
-    return repadapter.Params(_pair(base, rank, base.in_features, base.in_features, bias), float(scale))
-
-
-INITIAL: Mapping[str, Callable[..., Any]] = {
-    "hydra": hydra_params,
-    "lora": lora_params,
-    "repadapter": repadapter_params,
-}
-
-
-def _pair(
-    base: Affine,
-    rank: int,
-    in_features: int,
-    out_features: int,
-    bias: bool,
-    draw: Callable[[Tensor], Tensor] = nn.init.xavier_uniform_,
-) -> Bottleneck:
-    """A low-rank pair with a random way down and a zero way up, in the dtype and on the device of the base."""
-    like = base.weight
-    down = draw(like.new_empty(rank, in_features))
-    return Bottleneck(
-        Affine(down, like.new_zeros(rank) if bias else None),
-        Affine(like.new_zeros(out_features, rank), like.new_zeros(out_features) if bias else None),
-    )
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "_")  # the name of a parameter holds no dot
-
-
-def _initial(kind_name: str, settings: Mapping[str, Any]) -> Callable[[Affine], Any]:
+def initial_of(kind: str, settings: Mapping[str, Any]) -> Callable[[Affine], Any]:
     """The kind's first Params as a function of the base layer. Raises UsageError for the kind or its settings."""
-    if kind_name not in INITIAL:
-        raise UsageError(f"kind {kind_name!r} cannot be trained here; there are: {', '.join(INITIAL)}")
-    make = INITIAL[kind_name]
+    make = getattr(adapters.kind(kind), "initial", None) if kind in plugins.names("adapters") else None
+    if make is None:
+        raise UsageError(f"kind {kind!r} cannot be trained here; there are: {', '.join(trainable_kinds())}")
     try:
         inspect.signature(make).bind(None, **settings)
     except TypeError as error:
         known = list(inspect.signature(make).parameters)[1:]
-        raise UsageError(f"kind {kind_name!r}: {error}; its settings are {', '.join(known)}") from error
-    rank = settings["rank"]
-    if not isinstance(rank, int) or rank < 1:
-        raise UsageError(f"rank {rank!r}: expected a whole number of at least 1")
+        raise UsageError(f"kind {kind!r}: {error}; its settings are {', '.join(known)}") from error
+    for name in (n for n in settings if n == "rank" or n.endswith("_rank")):
+        if type(settings[name]) is not int or settings[name] < 1:
+            raise UsageError(f"{name} {settings[name]!r}: expected a whole number of at least 1")
     return lambda base: make(base, **settings)
 
 
-def _attached(model: nn.Module, name: str, kind_name: str, initial: Callable[[Affine], Any]) -> Attached:
+def attached_layer(
+    model: nn.Module,
+    name: str,
+    kind: str,
+    initial: Callable[[Affine], Any],
+    *,
+    dropout: float = 0.0,
+    made: type[Attached] = Attached,
+) -> Attached:
+    """The trainable layer that is to stand in this one's place. Raises UsageError for a dropout without a place."""
+    if not 0 <= dropout < 1:
+        raise UsageError(f"dropout {dropout!r}: expected a share of at least 0 and below 1")
+    if dropout and not hasattr(adapters.kind(kind), "DROPOUT"):
+        raise UsageError(f"kind {kind!r} has no dropout in its paper; leave it out")
     layer = model.get_submodule(name)
     layout = layout_of(name, layer)
     bias = getattr(layer, "bias", None)
     base = Affine(matrix(layer.weight.detach(), layout), None if bias is None else bias.detach())  # type: ignore[operator]
-    return Attached(layer, layout, kind_name, initial(base))
+    return made(layer, layout, kind, initial(base), dropout)
 
 
-def _targeted(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """The linear layers that the patterns name. Raises UsageError for a pattern without any."""
-    modules = dict(model.named_modules())
-    linear = [name for name, module in modules.items() if _is_linear(name, module)]
-    chosen: dict[str, None] = {}
-    for pattern in patterns:
-        found = [name for name in linear if fnmatchcase(name, pattern)]
-        if not found:
-            others = [f"{n} ({type(m).__name__})" for n, m in modules.items() if n and fnmatchcase(n, pattern)]
-            what = f"matches no linear layer, only {', '.join(others[:3])}" if others else "matches no module"
-            raise UsageError(f"target {pattern!r} {what}; {_nearest(pattern, linear)}")
-        chosen |= dict.fromkeys(found)
-    if not chosen:
-        raise UsageError("no targets; name the linear layers to adapt, such as 'blocks.*.attn.proj'")
-    for name in chosen:
-        parent = modules[name.rpartition(".")[0]]
-        if isinstance(parent, READS_WEIGHTS):
-            raise UsageError(
-                f"{name}: {type(parent).__name__} reads this layer's weight without calling the layer, so an adapter "
-                "on it would have no effect; choose another target"
-            )
-    return list(chosen)
-
-
-def _is_linear(name: str, module: nn.Module) -> bool:
-    """A layer with a plain float matrix that multiplies the last axis of its input, and no adapter yet."""
-    try:
-        plain = bool(name) and layout_of(name, module) in ("linear", "transposed")
-    except FusionError:
-        return False
-    weight = module._parameters.get("weight")
-    return plain and weight is not None and weight.is_floating_point()
-
-
-def _check_shared(model: nn.Module, layers: Iterable[str]) -> None:
-    tied = tied_names(model)
-    for name in layers:
-        if f"{name}.weight" in tied:
-            owners = tied[f"{name}.weight"]
-            raise SharedWeightError(
-                f"{' and '.join(owners)} are one tensor: folding an adapter into it would change both; choose another "
-                "target, or untie them first",
-                tensor=f"{name}.weight",
-                owners=owners,
-            )
-
-
-def _trained_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """The modules that are trained whole. Raises UsageError for a pattern that matches none with a parameter."""
-    names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
-    chosen: list[str] = []
-    for pattern in patterns:
-        found = [name for name in names if fnmatchcase(name, pattern)]
-        if not found:
-            raise UsageError(f"train {pattern!r} matches no module with parameters; {_nearest(pattern, names)}")
-        chosen += found
-    return chosen
-
-
-def _trained_tensors(model: nn.Module) -> list[str]:
-    """What training changes besides the adapters: parameters with gradients, and running statistics."""
-    trained = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad]
-    running = [name for name, _ in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
-    return trained + running
-
-
-def _exists_nowhere_else(base: str | None) -> bool:
-    scheme, _, argument = (base or "").partition(":")
-    return scheme == "timm" and not split_argument(argument)[1].get("pretrained", False)
-
-
-def _listed(patterns: str | Sequence[str]) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns)
-
-
-def _nearest(pattern: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(pattern.replace("*", "0"), names, n=3, cutoff=0.4)
-    return f"nearest names: {', '.join(near or names[:3]) or 'none'}"
-
-
-def _write(path: Path, content: object) -> None:
-    """A reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        torch.save(content, unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _key(name: str) -> str:
+    return name.replace(".", "_")  # the name of a parameter holds no dot

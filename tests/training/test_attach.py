@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from conftest import Case
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import reparam_export as rx
 from reparam_export.errors import CheckpointError, SharedWeightError, UsageError
-from reparam_export.training import attach, save, trainable
-from reparam_export.training.attach import INITIAL, Attached
+from reparam_export.training import adapter_parameters, attach, load, save, trainable
+from reparam_export.training.attach import Attached, trainable_kinds
+from reparam_export.training.targets import matches
 
 SHAPE: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 SPEC = "timm:vit_tiny_patch16_224?" + "&".join(f"{key}={value}" for key, value in SHAPE.items())
@@ -26,9 +29,17 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("hydra", {"rank": 4, "scale": 0.5}),
     ("hydra", {"rank": 4, "branches": "parallel", "bias": False}),
     ("hydra", {"rank": 4, "branches": "sequential"}),
+    ("hydra", {"rank": 2, "sequential_rank": 5, "learnable_scale": True, "scale": 1.5, "init": "normal"}),
+    ("hydra", {"rank": 4, "sequential_rank": 8, "bias": False, "init": "kaiming"}),
     ("lora", {"rank": 4, "scale": 2}),
     ("repadapter", {"rank": 4, "scale": 0.5}),
+    ("glora", {"rank": 4, "path": {"A": "LoRA_4", "B": "vector", "C": "LoRA_2", "D": "vector", "E": "constant"}}),
+    ("glora", {"rank": 3, "path": {"A": "constant", "B": "LoRA_3", "C": "vector", "D": "none", "E": "vector"}}),
+    ("glora", {"rank": 1, "path": {"A": "vector", "B": "constant", "C": "none", "D": "constant", "E": "none"}}),
 ]
+SMALLEST: dict[str, dict[str, Any]] = {
+    "glora": {"path": {"A": "LoRA_2", "B": "none", "C": "none", "D": "none", "E": "vector"}}
+}
 
 
 @pytest.fixture
@@ -56,14 +67,14 @@ def test_an_untrained_adapter_gives_the_bases_outputs_bit_for_bit(
     assert torch.equal(attach(vit, kind, TARGETS, **settings)(IMAGES), before)
 
 
-@pytest.mark.parametrize("kind", INITIAL)
+@pytest.mark.parametrize("kind", trainable_kinds())
 @pytest.mark.parametrize("bias", [True, False])
 def test_layers_without_bias_and_transposed_layers_start_bit_for_bit_too(kind: str, bias: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 16, bias=bias), Conv1D(8, 16))
     x = torch.randn(2, 5, 24)
     before = model(x)
-    assert torch.equal(attach(model, kind, "*", rank=2)(x), before)
+    assert torch.equal(attach(model, kind, "*", rank=2, **SMALLEST.get(kind, {}))(x), before)
     assert not torch.equal(trained(model, x)(x), before)
 
 
@@ -125,6 +136,149 @@ def test_an_attached_model_can_be_copied_moved_and_reloaded(vit: nn.Module) -> N
     assert torch.equal(model(IMAGES), expected)
 
 
+@pytest.mark.parametrize(
+    ("preset", "names", "adapted"),
+    [
+        ("hydra-vit", ("blocks.3.attn.proj", "blocks.3.mlp.fc2", "blocks.3.mlp.fc1", "blocks.3.attn.qkv", "head"), 2),
+        ("hydra-clip", ("visual.transformer.resblocks.0.mlp.c_proj", "transformer.resblocks.0.mlp.c_proj"), 1),
+        ("hydra-roberta", ("encoder.layer.1.output.dense", "encoder.layer.1.attention.output.dense", "x.dense"), 1),
+        ("glora", ("blocks.3.attn.qkv", "lin", "head", "x.lm_head", "head_dist", "head.fc"), 3),
+    ],
+)
+def test_presets_name_the_layers_that_the_authors_adapt(preset: str, names: tuple[str, ...], adapted: int) -> None:
+    assert [n for n in names if matches(preset, n)] == (
+        [*names[:adapted]] if preset != "glora" else ["blocks.3.attn.qkv", "lin", "head.fc"]
+    )
+
+
+def test_targets_are_globs_regular_expressions_or_presets(vit: nn.Module) -> None:
+    def adapted(targets: Any) -> list[str]:
+        model = copy.deepcopy(vit)
+        attach(model, "lora", targets, rank=1)
+        return [name for name, module in model.named_modules() if isinstance(module, Attached)]
+
+    both = ["blocks.0.attn.proj", "blocks.0.mlp.fc2", "blocks.1.attn.proj", "blocks.1.mlp.fc2"]
+    assert adapted("hydra-vit") == both
+    assert adapted(re.compile(r"blocks\.[1-9]\..*(proj|fc2)")) == both[2:]
+    assert adapted(["blocks.1.mlp.fc2", re.compile("blocks.0.attn.proj")]) == [both[0], both[3]]
+    assert len(adapted("glora")) == 8
+
+
+def test_timm_folds_attached_adapters_when_it_reparameterizes(vit: nn.Module) -> None:
+    for kind, settings in (VARIANTS[0], VARIANTS[6]):
+        model = trained(attach(copy.deepcopy(vit), kind, TARGETS, **settings))
+        plain = timm.utils.reparameterize_model(model)
+        assert not any(isinstance(module, Attached) for module in plain.modules())
+        assert [type(m) for m in plain.modules()] == [type(m) for m in vit.modules()]
+        with torch.no_grad():
+            expected = copy.deepcopy(model).double()(IMAGES.double())
+            error = float((plain.double()(IMAGES.double()) - expected).abs().max())
+            floor = float((model(IMAGES) - expected).abs().max())
+        assert error < 8 * floor < 1e-3 * float(expected.abs().max())
+
+
+def test_a_layer_stored_transposed_is_folded_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(8, 16))
+    x = torch.randn(3, 16)
+    trained(attach(model, "hydra", "0", rank=2), x)
+    plain = model[0].fuse()
+    assert isinstance(plain, Conv1D)
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pair", "settings", "quantum"),
+    [
+        ("lora", "pair", {}, 2 * 5),  # numbers of the input are dropped, each is seen by all 5 of the middle
+        (
+            "hydra",
+            "parallel",
+            {"branches": "parallel", "bias": False},
+            2 * 7,
+        ),  # of the middle, each the sum of 7 inputs
+        ("repadapter", "pair", {"bias": False}, 2 * 7),
+    ],
+)
+def test_dropout_acts_in_training_only_and_where_the_paper_has_it(
+    kind: str, pair: str, settings: dict[str, Any], quantum: int
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 7, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(7))
+        attach(model, kind, "0", rank=5, dropout=0.5, **settings)
+        for tensor in model[0].adapter.values():
+            tensor.fill_(1.0)
+    x = torch.ones(200, 7)
+    assert torch.equal(model.eval()(x), torch.full((200, 7), 36.0))
+    added = (model.train()(x) - x)[:, 0].detach()
+    assert set((added % quantum).tolist()) == {0.0}
+    assert len(set(added.tolist())) > 4
+    assert abs(float(added.mean()) - 35) < 5  # what is kept is scaled up
+
+
+def test_dropout_without_a_place_is_refused() -> None:
+    with pytest.raises(UsageError, match="no dropout"):
+        attach(nn.Sequential(nn.Linear(4, 4)), "glora", "0", dropout=0.1, **SMALLEST["glora"])
+    with pytest.raises(UsageError, match="share"):
+        attach(nn.Sequential(nn.Linear(4, 4)), "lora", "0", rank=1, dropout=1.0)
+
+
+def test_parameters_are_counted_as_the_papers_do(vit: nn.Module) -> None:
+    hydra = attach(copy.deepcopy(vit), "hydra", "hydra-vit", rank=2, train="head")
+    width = 48
+    of_block = sum(w * 2 + 2 + 2 * width + width for w in (width, width, 4 * width, width))
+    assert adapter_parameters(hydra) == 2 * of_block
+    assert trainable(hydra) == 2 * of_block + 5 * width + 5
+    path = {"A": "LoRA_4", "B": "vector", "C": "LoRA_4", "D": "constant", "E": "none"}
+    glora = attach(copy.deepcopy(vit), "glora", "blocks.0.mlp.fc1", rank=4, path=path)
+    assert adapter_parameters(glora) == 4 * (192 + 48) + 192 + 4 * (48 + 1) + 1  # get_param of the authors' search
+
+
+def test_a_learnable_scale_is_learnt_and_saved(vit: nn.Module, tmp_path: Path) -> None:
+    model = attach(vit, "hydra", "blocks.0.attn.proj", rank=4, scale=1.5, learnable_scale=True)
+    trained(trained(model))
+    save(model, tmp_path / "ckpt.pt", base=SPEC)
+    (adapter,) = rx.read(tmp_path / "ckpt.pt").adapters
+    scales = [float(adapter.params.parallel_scale), float(adapter.params.sequential_scale)]
+    assert 1.5 not in scales
+    assert scales[0] != scales[1]
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+def test_load_gives_the_saved_model_back(vit: nn.Module, tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    model = trained(attach(vit, kind, TARGETS, train="head", **settings))
+    save(model, tmp_path / "ckpt.pt", base=SPEC)
+    again = load(tmp_path / "ckpt.pt")
+    with torch.no_grad():
+        assert torch.equal(again(IMAGES), model(IMAGES))
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == names
+    save(again, tmp_path / "again.pt", base=SPEC)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "again.pt")(IMAGES), model(IMAGES))
+    assert not torch.equal(trained(again)(IMAGES), model(IMAGES))
+
+
+def test_the_authors_own_checkpoint_can_be_trained_further(hydra: Case) -> None:
+    path, given = hydra.arguments()
+    model = load(path, **given)
+    with torch.no_grad():
+        found = copy.deepcopy(model).double()(hydra.inputs()["image"].double())
+    assert float((found - hydra.expected()).abs().max()) < 1e-13
+    assert trainable(model) == sum(t.numel() for t in torch.load(path, weights_only=True).values())
+
+
+def test_a_part_of_a_packed_layer_cannot_be_attached(tmp_path: Path, vit: nn.Module) -> None:
+    save(attach(vit, "lora", "blocks.0.attn.qkv", rank=2), tmp_path / "ckpt.pt", base=SPEC)
+    content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    content["adapters"][0]["rows"] = [0, 144]
+    torch.save(content, tmp_path / "part.pt")
+    with pytest.raises(UsageError, match="part of a layer"):
+        load(tmp_path / "part.pt")
+
+
 def test_running_statistics_that_training_moved_are_saved(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
@@ -159,7 +313,9 @@ def test_the_base_is_in_the_file_where_it_exists_nowhere_else(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"kind": "glora", "rank": 4}, "hydra, lora, repadapter"),
+        ({"kind": "probed", "rank": 4}, "glora, hydra, lora, repadapter"),
+        ({"kind": "glora", "rank": 4}, "supernet()"),
+        ({"kind": "glora", "path": {"A": "LoRA_8", "B": "none", "C": "none", "D": "none", "E": "none"}}, "LoRA_8"),
         ({"targets": "block.*.attn.proj"}, "blocks.0.attn.proj"),
         ({"targets": "blocks.0.norm1"}, "LayerNorm"),
         ({"targets": ()}, "targets"),

@@ -1,0 +1,112 @@
+"""Our own checkpoint format (``checkpoints/native.py``) of a model with attached adapters: written, and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reparam_export.affine import Affine, map_tensors
+from reparam_export.assembly import base_of, with_replaced
+from reparam_export.checkpoints import NATIVE, Checkpoint, read
+from reparam_export.checkpoints.native import BASES, to_plain
+from reparam_export.errors import UsageError
+from reparam_export.files import PICKLES, replace_file
+from reparam_export.models import split_argument
+from reparam_export.training.attach import Attached, attached_layer, attached_of, put
+
+RUNNING = ("running_mean", "running_var")
+
+
+def save(model: nn.Module, path: str | Path, *, base: str | None, base_state: bool | None = None) -> None:
+    """Write the trained model to ``path`` (.pt), as our own format; the file appears whole or not at all.
+
+    base: spec of the plain base, "timm:...", "hf:..." or "open_clip:..."; None: to be given when it is read.
+    base_state: put the frozen base's tensors into the file, under the plain base's names; default: for a timm base
+    without pretrained=true, which exists nowhere else. ``replaced`` are the trained modules and running statistics.
+    Of a supernet without a fixed candidate, all paths are saved; ``--config checkpoint-N.pth.tar`` then chooses.
+    Raises UsageError for a model without adapters, a base or an ending that cannot be read back.
+    """
+    path = Path(path)
+    attached = dict(attached_of(model))
+    if not attached:
+        raise UsageError(f"{path}: the model has no adapter to save; expected one that attach() was called on")
+    if not path.name.endswith(PICKLES):
+        raise UsageError(f"{path}: expected a name that ends in {', '.join(PICKLES)}; found {path.name!r}")
+    if base is not None and not base.startswith(BASES):
+        raise UsageError(f"base {base!r}: expected {', '.join(BASES)} or None; give any other when reading, as --base")
+    with_base = _exists_nowhere_else(base) if base_state is None else base_state
+    own = {f"{name}.adapter.{tensor}" for name, module in attached.items() for tensor in module.adapter}
+    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items() if name not in own}
+    replaced = {name: state[name] for name in _trained_tensors(model) if name in state}
+    content = {
+        "format": NATIVE,
+        "base": base,
+        "base_state": {name: t for name, t in state.items() if name not in replaced} if with_base else None,
+        "adapters": [
+            {
+                "module": name,
+                "kind": module.kind,
+                "rows": None,
+                "params": to_plain(map_tensors(module.params(), Tensor.cpu)),
+            }
+            for name, module in attached.items()
+        ],
+        "replaced": replaced,
+        "notes": [],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda unfinished: torch.save(content, unfinished))
+
+
+def load(
+    path: str | Path, base: str | None = None, *, base_weights: str | Path | None = None, **options: Any
+) -> nn.Module:
+    """The model that ``save`` wrote, or that any other readable checkpoint adapts, with its adapters attached: to train on.
+
+    base, base_weights, options: as of ``reparam_export.read``. In eval mode; adapters, and the tensors that the checkpoint
+    brought whole, are trainable, all else is frozen.
+    Raises CheckpointError and its kin, UsageError for an adapter that cannot be attached (part of a packed layer).
+    """
+    return attached_model(read(path, base, base_weights=base_weights, **options))
+
+
+def attached_model(checkpoint: Checkpoint, made: type[Attached] = Attached) -> nn.Module:
+    """A checkpoint as a model with live adapters. Raises UsageError for one on rows of a packed layer."""
+    model = with_replaced(base_of(checkpoint).build()[0], checkpoint)
+    layers = {}
+    for adapter in checkpoint.adapters:
+        if adapter.rows is not None or adapter.module in layers:
+            raise UsageError(f"{adapter.module}: an adapter on part of a layer cannot be attached; fuse it first")
+        params = map_tensors(adapter.params, torch.clone)
+        layers[adapter.module] = attached_layer(model, adapter.module, adapter.kind, partial(_same, params), made=made)
+    put(model, layers)
+    _thaw(model, checkpoint.replaced)
+    return model.eval()
+
+
+def _same(params: Any, base: Affine) -> Any:
+    return params
+
+
+def _thaw(model: nn.Module, names: Iterable[str]) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        if name in parameters:
+            parameters[name].requires_grad_(True)
+
+
+def _trained_tensors(model: nn.Module) -> list[str]:
+    """What training changes besides the adapters: parameters with gradients, and running statistics."""
+    trained = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad]
+    running = [name for name, _ in model.named_buffers() if name.endswith(RUNNING)]
+    return trained + running
+
+
+def _exists_nowhere_else(base: str | None) -> bool:
+    scheme, _, argument = (base or "").partition(":")
+    return scheme == "timm" and not split_argument(argument)[1].get("pretrained", False)
