@@ -1,0 +1,115 @@
+"""A candidate is worth the same folded and unfolded, in this process and in others."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from reparam_export.errors import UsageError
+from reparam_export.training import Candidate, Fused, Search, Supernet, Unfused, accuracy, search, supernet
+
+SHAPE: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
+IMAGES = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Bare(nn.Module):
+    """A layer without bias and one that is stored transposed: a path creates a bias on the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3 * 16 * 16, 12, bias=False), Conv1D(3, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x.flatten(1))))
+
+
+@pytest.fixture(params=["vit", "bare"])
+def net(request: pytest.FixtureRequest) -> Supernet:
+    torch.manual_seed(0)
+    model = Bare() if request.param == "bare" else timm.create_model("vit_tiny_patch16_224", **SHAPE)
+    net = supernet(model.eval(), rank=3, ranks=(1, 3))
+    for parameter in net.model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return net
+
+
+def candidates(net: Supernet, count: int = 6) -> list[Candidate]:
+    draw = random.Random(0)
+    return [net.space.drawn(draw) for _ in range(count)]
+
+
+def test_the_folded_model_answers_as_the_path_does(net: Supernet) -> None:
+    outputs: list[Tensor] = []
+
+    def keep(model: nn.Module) -> float:
+        with torch.inference_mode():
+            outputs.append(model(IMAGES))
+        return 0.0
+
+    fused, unfused = Fused(net, keep), Unfused(net, keep)
+    for candidate in candidates(net):
+        fused(candidate)
+        unfused(candidate)
+        found, expected = outputs[-2:]
+        exact = copy.deepcopy(net).fix(candidate).model.double()(IMAGES.double()).detach()
+        floor = float((expected - exact).abs().max())
+        assert float((found - exact).abs().max()) <= 8 * floor
+    assert len({tuple(o.flatten().tolist()) for o in outputs[::2]}) == len(candidates(net))
+
+
+def test_a_candidate_does_not_leave_anything_to_the_next(net: Supernet) -> None:
+    batches = [(IMAGES[:48], torch.arange(48) % 3), (IMAGES[48:], torch.arange(48) % 3)]
+    fused = Fused(net, accuracy(batches))
+    first = [fused(c) for c in candidates(net)]
+    assert [fused(c) for c in reversed(candidates(net))] == first[::-1]
+    assert len(set(first)) > 1
+    assert all(0 <= value <= 1 for value in first)
+
+
+def test_the_supernet_is_left_as_it_was(net: Supernet) -> None:
+    before = copy.deepcopy(net.model.state_dict())
+    measure = accuracy([(IMAGES, torch.arange(96) % 3)])
+    Fused(net, measure)(candidates(net)[0])
+    Unfused(net, measure)(candidates(net)[0])
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.model.state_dict().items())
+    assert net.fixed is None
+    with pytest.raises(UsageError, match="no defined output"):
+        net.model(IMAGES)
+    net.fix(candidates(net)[1])
+    Unfused(net, measure)(candidates(net)[0])
+    assert net.fixed == candidates(net)[1]
+
+
+def test_training_further_does_not_change_what_is_evaluated(net: Supernet) -> None:
+    fused = Fused(net, accuracy([(IMAGES, torch.arange(96) % 3)]))
+    first = fused(candidates(net)[0])
+    with torch.no_grad():
+        for parameter in net.model.parameters():
+            parameter.mul_(3)
+    assert fused(candidates(net)[0]) == first
+
+
+def test_a_candidate_of_another_space_is_refused(net: Supernet) -> None:
+    with pytest.raises(UsageError, match="layers"):
+        Fused(net, accuracy([(IMAGES, torch.arange(96) % 3)]))(candidates(net)[0][1:])
+
+
+def test_processes_get_a_copy_of_their_own() -> None:
+    torch.manual_seed(0)
+    net = supernet(Bare().eval(), rank=2)
+    for parameter in net.model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    fused = Fused(net, accuracy([(IMAGES, torch.arange(96) % 3)]))
+    again = pickle.loads(pickle.dumps(fused))
+    assert [again(c) for c in candidates(net)] == [fused(c) for c in candidates(net)]
+    settings = Search(population=4, select=2, mutations=1, crossovers=1, epochs=2)
+    assert search(net.space, fused, settings, workers=2) == search(net.space, fused, settings)
