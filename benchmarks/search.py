@@ -22,7 +22,14 @@ from torch import nn
 from reparam_export.training import Fused, Unfused, accuracy, supernet
 
 CASES: dict[str, dict[str, Any]] = {
-    "ViT of the pipeline": {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 96, "depth": 4, "num_heads": 3},
+    "ViT of the pipeline": {
+        "img_size": 28,
+        "patch_size": 7,
+        "in_chans": 1,
+        "embed_dim": 96,
+        "depth": 4,
+        "num_heads": 3,
+    },
     "ViT-Tiny/16": {"img_size": 224},
 }
 IMAGES = {"ViT of the pipeline": (64, 512), "ViT-Tiny/16": (4, 16)}  # evaluated on few and on many of them
@@ -62,7 +69,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = {f"{name}, {n} images": measure(shape, n) for name, shape in CASES.items() for n in IMAGES[name]}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"torch": torch.__version__, "candidates": CANDIDATES, "rows": rows}, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps({"torch": torch.__version__, "candidates": CANDIDATES, "rows": rows}, indent=1) + "\n"
+    )
     print("| evaluated on | along the path, s | folded, s | folded is faster by |\n|---|--:|--:|--:|")
     for name, row in rows.items():
         print(f"| {name} | {row['unfused']:.3f} | {row['fused']:.3f} | {row['ratio']:.2f} x |")

@@ -3,6 +3,7 @@
     fused.safetensors  fused.json          fuse
     verification.json  reference.npz       verify
     model.onnx  model.engine  artifact.json    export
+    analysis.json                      inspect --analyse
     report.html  report.md  junit.xml      report
 
 Every file is written under a temporary name and renamed. ``fused.json`` holds the recipe (checkpoint, base, settings, with digests), so
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,14 @@ from reparam_export.errors import CheckpointError, EquivalenceError, UsageError
 from reparam_export.files import load_safetensors, read_json, replace_file, save_safetensors, sha256
 
 if TYPE_CHECKING:
+    from reparam_export.analysis import BranchAnalysis
     from reparam_export.exporters.artifact import Artifact
     from reparam_export.fusion import FusedWeights
     from reparam_export.verification import VerifiedModel
     from reparam_export.verification.certificate import Certificate
 
 FUSED, PROOF, ARTIFACTS, REFERENCE = "fused.json", "verification.json", "artifact.json", "reference.npz"
-WEIGHTS = "fused.safetensors"
+WEIGHTS, ANALYSIS = "fused.safetensors", "analysis.json"
 MADE = (  # by the later stages, from the weights of the time
     "model.onnx*", "model.engine", "engine.log", "model.safetensors", "hf", "report.html", "report.md", "junit.xml",
 )  # fmt: skip
@@ -48,7 +50,7 @@ def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights) -> N
     from reparam_export.fusion import record
 
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in (PROOF, REFERENCE, ARTIFACTS, *MADE):
+    for stale in (PROOF, REFERENCE, ARTIFACTS, ANALYSIS, *MADE):
         for path in folder.glob(stale):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     metadata = {"format": "pt", "checkpoint_sha256": checkpoint.sha256, "weights_sha256": weights.sha256()}
@@ -187,6 +189,24 @@ def same_samples(folder: Path, inputs: Path | None, count: int, seed: int) -> bo
         and content.get("seed") == seed
         and (inputs is not None or known.get("count") == count)
     )
+
+
+def made_from(folder: Path, recipe: Recipe, *, asked: bool) -> bool:
+    """Was the folder made from this checkpoint? Raises UsageError when it was not and the user asked for it."""
+    made = folder / FUSED
+    known = made.is_file() and read_json(made).get("checkpoint", {}).get("sha256") == sha256(Path(recipe.checkpoint))
+    if asked and not known:
+        what = "was made from another checkpoint" if made.is_file() else f"holds no {FUSED}"
+        raise UsageError(
+            f"{folder}: {what}; give the folder that `convert` or `fuse` made of {Path(recipe.checkpoint).name}"
+        )
+    return known
+
+
+def save_analysis(folder: Path, checkpoint: Checkpoint, branches: Sequence[BranchAnalysis]) -> None:
+    """Write ``analysis.json``, for the report."""
+    content = {"checkpoint_sha256": checkpoint.sha256, "branches": [asdict(branch) for branch in branches]}
+    write_json(folder / ANALYSIS, content)
 
 
 def save_artifact(folder: Path, artifact: Artifact) -> None:

@@ -6,6 +6,7 @@ Safetensors files and PEFT folders are read without torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from reparam_export.checkpoints import Checkpoint, non_finite, read, zeros
 from reparam_export.errors import FusionError
 
 if TYPE_CHECKING:
+    from reparam_export.analysis import BranchAnalysis
     from reparam_export.checkpoints import Recipe
     from reparam_export.console import Console
 
@@ -69,6 +71,22 @@ def show(console: Console, found: dict[str, Any]) -> None:
     for reason in found["reasons"]:
         console.line(f"open: {reason}")
     console.line(f"can be folded: {'yes' if found['foldable'] else 'not yet' if 'format' in found else 'no'}")
+
+
+def show_analysis(console: Console, branches: Sequence[BranchAnalysis]) -> None:
+    """One row a branch; the columns are defined in ``analysis.py``."""
+    columns = (
+        "module", "branch", "share", "norm", "of weight", "rank", "effective rank",
+        "writes alike", "chance", "reads alike", "chance", "amplification",
+    )  # fmt: skip
+    rows = [
+        (
+            b.module, b.branch, f"{b.share:.3f}", f"{b.norm:.3g}", f"{b.relative_norm:.2%}", b.rank, f"{b.effective_rank:.1f}",
+            f"{b.similarity_out:.3f}", f"{b.chance_out:.3f}", f"{b.similarity_in:.3f}", f"{b.chance_in:.3f}", f"{b.amplification:.3g}",
+        )
+        for b in branches
+    ]  # fmt: skip
+    console.table("Branches", columns, rows)
 
 
 def _adapter(checkpoint: Checkpoint, index: int) -> dict[str, Any]:

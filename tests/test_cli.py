@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,45 @@ def test_inspect_lists_zero_and_non_finite_tensors(hydra: Case, tmp_path: Path) 
     found = json.loads(run("inspect", tmp_path / "ckpt.pt", "--set", "scale=3", "--json").stdout)
     assert found["zero"] == ["blocks.0.attn.proj: parallel.up.weight"]
     assert found["non_finite"] == ["blocks.2.attn.proj: parallel.up.bias"]
+
+
+def test_analyse_prints_the_branches_and_adds_them_to_the_report(hydra: Case, proven: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(proven, folder)
+    given = ("inspect", *hydra.command(), "--analyse")
+    printed = run(*given)
+    assert printed.exit_code == 0
+    assert "blocks.2.mlp.fc2\tsequential\t" in printed.stdout
+    found = json.loads(run(*given, "-o", folder, "--json").stdout)
+    assert len(found["branches"]) == 12
+    page = (folder / "report.html").read_text()
+    assert page.count('<td class="w">sequential</td>') == 6
+    assert 'class="branches-wide"' in page
+    assert "Branches against" in (folder / "report.md").read_text()
+    run("fuse", *hydra.command(), "-o", folder, "--overwrite")
+    assert not (folder / "analysis.json").exists()
+
+
+def test_analyse_refuses_a_folder_of_another_checkpoint(glora: Case, proven: Path, tmp_path: Path) -> None:
+    for folder, says in ((proven, "another checkpoint"), (tmp_path, "fused.json")):
+        refused = run("inspect", *glora.command(), "--analyse", "-o", folder)
+        assert refused.exit_code == 2
+        assert says in error_of(refused)
+    assert run("inspect", *glora.command(), "-o", proven).exit_code == 2
+    assert not (proven / "analysis.json").exists()
+
+
+def test_an_analysis_of_another_checkpoint_is_not_shown(proven: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(proven, folder)
+    (folder / "analysis.json").write_text(json.dumps({"checkpoint_sha256": "0" * 64, "branches": [{"wrong": 1}]}))
+    assert run("report", folder).exit_code == 0
+    assert "Branches against" not in (folder / "report.html").read_text()
+    sha = json.loads((folder / "fused.json").read_text())["checkpoint"]["sha256"]
+    (folder / "analysis.json").write_text(json.dumps({"checkpoint_sha256": sha, "branches": [{"wrong": 1}]}))
+    damaged = run("report", folder)
+    assert damaged.exit_code == 3
+    assert "inspect CHECKPOINT --analyse" in error_of(damaged)
 
 
 def test_stage_by_stage_is_convert(hydra: Case, proven: Path, tmp_path: Path) -> None:

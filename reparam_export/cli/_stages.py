@@ -85,6 +85,24 @@ def export_stage(
     return artifacts
 
 
+def analyse_stage(console: Console, recipe: Recipe, folder: Path | None) -> list[Any]:
+    """The branch analysis, shown, and with a folder in ``analysis.json`` and the report."""
+    from dataclasses import asdict
+
+    from reparam_export.analysis import analyse
+    from reparam_export.folder import save_analysis
+    from reparam_export.inspection import show_analysis
+
+    with console.stage("analyse") as advance:
+        checkpoint = recipe.read()
+        branches = analyse(checkpoint, advance)
+    show_analysis(console, branches)
+    if folder is not None:
+        save_analysis(folder, checkpoint, branches)
+        report_stage(console, folder)
+    return [asdict(branch) for branch in branches]
+
+
 def check_export(options: dict[str, Any]) -> str | None:
     """Refuse a wrong option before any work is done; says which engine builder will be used."""
     batch_sizes(options["batch"])

@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from reparam_export.analysis import BranchAnalysis
 from reparam_export.errors import CheckpointError
 from reparam_export.exporters.artifact import Artifact
 from reparam_export.verification.certificate import (
@@ -26,7 +27,12 @@ from reparam_export.verification.certificate import (
 )
 
 T = TypeVar("T")
-REMEDIES = {"fused.json": "fuse", "verification.json": "verify", "artifact.json": "export"}
+REMEDIES = {  # FOLDER stands for the folder
+    "fused.json": "`reparam-export fuse` into that folder",
+    "verification.json": "`reparam-export verify FOLDER`",
+    "artifact.json": "`reparam-export export FOLDER`",
+    "analysis.json": "`reparam-export inspect CHECKPOINT --analyse -o FOLDER`",
+}
 UNPRINTABLE = {"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"}  # controls, invisible marks, surrogates, non-characters, line ends
 FUSED_KEYS: dict[str, type] = {"checkpoint": dict, "base": dict, "storage": dict, "changed": dict, "created": list}
 
@@ -60,6 +66,7 @@ class Evidence:
     stated: str  # the verdict written in verification.json
     why_unproven: str
     exported: tuple[Exported, ...]
+    analysis: tuple[BranchAnalysis, ...] = ()  # where it was asked for
 
     @property
     def outputs(self) -> tuple[OutputEvidence, ...]:
@@ -87,6 +94,7 @@ def read_evidence(folder: Path) -> Evidence:
         stated=str((raw or {}).get("verdict", "")),
         why_unproven=why,
         exported=_exported(folder, fused["weights_sha256"]),
+        analysis=_analysis(folder, fused["checkpoint"].get("sha256")),
     )
 
 
@@ -137,8 +145,7 @@ def _load(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def _damaged(folder: Path, name: str, reason: str) -> CheckpointError:
-    command = f"reparam-export {REMEDIES[name]}"
-    again = f"`{command}` into that folder" if name == "fused.json" else f"`{command} {shlex.quote(str(folder))}`"
+    again = REMEDIES[name].replace("FOLDER", shlex.quote(str(folder)))
     return CheckpointError(f"{folder / name} is damaged: {reason}. Run {again} again.")
 
 
@@ -183,6 +190,17 @@ def _one_exported(raw: dict[str, Any], weights_sha256: str) -> Exported:
     if audit is not None and not isinstance(audit, dict):
         raise ValueError("audit is not an object")
     return Exported(artifact=artifact, audit=audit, stale=artifact.weights_sha256 != weights_sha256)
+
+
+def _analysis(folder: Path, checkpoint_sha256: object) -> tuple[BranchAnalysis, ...]:
+    """The branch analysis, if it is of the checkpoint that these weights came from."""
+    raw = _load(folder, "analysis.json")
+    if raw is None or raw.get("checkpoint_sha256") != checkpoint_sha256:
+        return ()
+    try:
+        return tuple(_typed(BranchAnalysis, each) for each in raw["branches"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(folder, "analysis.json", _reason(error)) from error
 
 
 def _layer(raw: dict[str, Any]) -> LayerEvidence:

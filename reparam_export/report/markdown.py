@@ -24,6 +24,8 @@ def markdown(evidence: Evidence) -> str:
     parts.append(_artifact_table(evidence))
     if certificate is not None:
         parts += [_layer_details(certificate), _graph_details(certificate.graph)]
+    if evidence.analysis:
+        parts.append(_branch_details(evidence))
     parts.append(_provenance(evidence))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -153,6 +155,22 @@ def _graph_details(graph: GraphEvidence) -> str:
             more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
             body += f"\n\n{title}: {', '.join(map(code, names[:LISTED]))}{more}"
     return details("Graph against the base", body)
+
+
+def _branch_details(evidence: Evidence) -> str:
+    rows = [
+        (
+            code(a.module),
+            prose(a.branch),
+            *map(number, (a.share, a.effective_rank, a.similarity_out, a.similarity_in, a.amplification)),
+        )
+        for a in evidence.analysis[:LISTED]
+    ]
+    head = ("layer", "branch", ">share", ">effective rank", ">writes alike", ">reads alike", ">amplification")
+    body = table(head, rows)
+    if len(evidence.analysis) > LISTED:
+        body += f"\n\nThe first {LISTED}; all {len(evidence.analysis)} are in `report.html`."
+    return details("Branches against the pre-trained weight", body)
 
 
 def _provenance(evidence: Evidence) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 from reparam_export.report import numbers
+from reparam_export.report.branches import TONES, branch_names, branch_plot, numbered
 from reparam_export.report.evidence import Evidence
 from reparam_export.report.plots import OUTPUTS_DRAWN, layer_plot, output_plot
 from reparam_export.report.statement import (
@@ -43,14 +43,16 @@ class Tile:
 
 def page(evidence: Evidence) -> str:
     """The whole file; every name and path is escaped, the plots are the only markup let through."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    loader = PackageLoader("reparam_export.report", "")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     for function in (numbers.number, numbers.percent, numbers.count, numbers.size, numbers.quantity, numbers.signed):
         environment.filters[function.__name__] = function
     environment.filters["plural"] = numbers.plural
-    source = files("reparam_export.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(_context(evidence)) + "\n"
+    return environment.get_template("page.html.j2").render(_context(evidence)) + "\n"
 
 
 def _context(evidence: Evidence) -> dict[str, Any]:
@@ -66,6 +68,10 @@ def _context(evidence: Evidence) -> dict[str, Any]:
         "tiles": _tiles(evidence),
         "layer_plots": _plots(layer_plot, certificate.layers) if certificate else [],
         "output_plots": _plots(output_plot, evidence.outputs),
+        "branch_plots": _plots(branch_plot, evidence.analysis),
+        "branch_rows": numbered(evidence.analysis),
+        "branch_names": branch_names(evidence.analysis),
+        "branch_tones": TONES,
         "outputs_drawn": OUTPUTS_DRAWN,
         "little": LITTLE,
         "ran_sentence": ran_sentence,
