@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from reparam_export.report.evidence import Evidence
 from reparam_export.report.numbers import count, number, percent, plural, quantity, signed, size
-from reparam_export.report.statement import failures, headline, ran_sentence, verdict
+from reparam_export.report.statement import failures, headline, ran_sentence, same_class, verdict
 from reparam_export.verification.certificate import Certificate, GraphEvidence, LayerEvidence
 
 MARKS = {"exact": "✅", "rounded": "✅", "wrong": "❌", "unproven": "⚠️"}
@@ -90,7 +90,7 @@ def _output_table(evidence: Evidence) -> str:
             number(output.error),
             number(output.floor),
             number(output.bound),
-            percent(output.agree),
+            same_class(output),
             "passed" if output.passed else "**failed**",
         )
         for output in evidence.outputs

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from reparam_export.report.evidence import Evidence, Exported
-from reparam_export.report.numbers import number, plural, size
+from reparam_export.report.numbers import number, percent, plural, size
 from reparam_export.verification.certificate import Certificate, GraphEvidence, LayerEvidence, OutputEvidence
 
 ReportVerdict = Literal["exact", "rounded", "wrong", "unproven"]
@@ -78,6 +78,13 @@ def output_failure(output: OutputEvidence) -> str:
         f"output {output.output} of {output.model} at batch {output.batch}: error {number(output.error)}, "
         f"bound {number(output.bound)}, noise floor {number(output.floor)}"
     )
+
+
+def same_class(output: OutputEvidence) -> str:
+    """The share of equal predictions; where some differ, how many, and how near the two classes are in the reference."""
+    if not output.differing:
+        return percent(output.agree)
+    return f"{percent(output.agree)}, {output.differing} not: classes within {number(output.margin)}"
 
 
 def carried_failure(certificate: Certificate) -> str:

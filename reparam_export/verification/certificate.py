@@ -70,7 +70,11 @@ class OutputEvidence:
     error: float
     floor: float  # error of the unfused model in the same precision on the same road
     bound: float
-    agree: float | None = None  # share of samples with the same argmax, for outputs with a class axis
+    agree: float | None = (
+        None  # share of predictions (argmax of the last axis) that are the same, where it is a class axis
+    )
+    differing: int = 0  # predictions that are not
+    margin: float | None = None  # of those: how far apart the two classes are in the reference, at most
     passed: bool = False
 
 

@@ -124,9 +124,8 @@ def _evidence(
     expected = reference.outputs[name][index]
     error = distance(found, expected)
     bound = reference.bound(name, floor, roundoff(dtype))
-    agree = None
-    if expected.ndim >= 2 and expected.shape[-1] > 1 and found.shape == expected.shape:
-        agree = float((found.argmax(-1) == expected.argmax(-1)).double().mean())
+    classes = expected.ndim >= 2 and expected.shape[-1] > 1 and found.shape == expected.shape
+    same, margins = predictions(found, expected) if classes else (None, expected.new_empty(0))
     return OutputEvidence(
         model=model,
         output=name,
@@ -137,9 +136,22 @@ def _evidence(
         error=error,
         floor=floor,
         bound=bound,
-        agree=agree,
+        agree=None if same is None else float(same.double().mean()),
+        differing=len(margins),
+        margin=float(margins.max()) if len(margins) else None,
         passed=passes(error, floor, bound, _largest(expected)),
     )
+
+
+def predictions(found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the two predict the same class (last axis), and for the others how far apart the two classes are in ``expected``.
+
+    A margin of no more than twice the error is rounding: the reference itself can hardly tell the two classes apart.
+    """
+    chosen, true = found.argmax(-1, keepdim=True), expected.argmax(-1, keepdim=True)
+    same = (chosen == true).squeeze(-1)
+    margins = (expected.gather(-1, true) - expected.gather(-1, chosen)).squeeze(-1)
+    return same, margins[~same]
 
 
 def first_parting(

@@ -222,3 +222,10 @@ def test_half_written_files_are_removed(tmp_path: Path) -> None:
 def test_fused_facts_may_be_few(tmp_path: Path) -> None:
     dump(tmp_path / "fused.json", {"weights_sha256": FUSED["weights_sha256"]})
     assert write_report(tmp_path).verdict == "unproven"
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+def test_the_report_says_how_many_differ_and_how_near_they_are(tmp_path: Path, name: str) -> None:
+    write(tmp_path, proof=certificate(outputs=(output(agree=0.998, differing=3, margin=2.1e-7),)))
+    write_report(tmp_path)
+    assert "99.80 %, 3 not: classes within 2.1e-7" in (tmp_path / name).read_text(encoding="utf-8")
