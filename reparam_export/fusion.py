@@ -6,7 +6,6 @@ Nothing is mutated, and the same input gives the same bytes.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from reparam_export.assembly import base_of, tied_names, with_replaced
 from reparam_export.checkpoints import Adapter, Checkpoint
 from reparam_export.errors import CheckpointError, FusionError, SharedWeightError, TensorMismatchError
 from reparam_export.layouts import affine_of, layout_of, stored
+from reparam_export.state import digest
 
 if TYPE_CHECKING:
     import torch
@@ -59,18 +59,6 @@ class FusedWeights(Mapping[str, "Tensor"]):
     def sha256(self) -> str:
         """Digest over every tensor's name, dtype, shape and bytes, in the order of the names."""
         return digest(self.tensors)
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over name, dtype, shape and bytes of every tensor, in the order of the names."""
-    import torch
-
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous()
-        total.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | None = None) -> FusedWeights:

@@ -1,11 +1,13 @@
 """State dicts: name -> tensor, read from a file and put into a module, strictly.
 
 load_state(path)                       the tensors of a file, whatever its suffix
+digest(tensors)                        sha256 over names and bytes
 assign(module, state, optional=...)    into the module; nothing missing, left over or mis-shaped
 """
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 import zipfile
 from collections.abc import Collection, Mapping
@@ -55,6 +57,18 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
         f"weights {path}: expected a file that ends in .safetensors, .npz, {', '.join(TORCH_SUFFIXES)}; found "
         f"{path.suffix or 'no suffix'!r}; convert it to .safetensors"
     )
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over name, dtype, shape and bytes of every tensor, in the order of the names."""
+    import torch
+
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        total.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def _npz(path: Path) -> dict[str, Tensor]:

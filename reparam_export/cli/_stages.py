@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from reparam_export.report import Report
     from reparam_export.verification import VerifiedModel
 
+SHOWN = 5  # created biases named one by one
+
 
 def fuse_stage(console: Console, recipe: Recipe, folder: Path) -> None:
     from reparam_export import fuse as fuse_weights
@@ -27,8 +29,10 @@ def fuse_stage(console: Console, recipe: Recipe, folder: Path) -> None:
         weights = fuse_weights(checkpoint, recipe.dtype, advance)
         save_fused(folder, checkpoint, weights)
     console.line(f"fused {len(checkpoint.adapters)} adapters into {len(weights.changed)} tensors")
-    for name in weights.created:
+    for name in weights.created[:SHOWN]:
         console.line(f"added: {name}, a bias that the base does not have")
+    if len(weights.created) > SHOWN:
+        console.line(f"added: {len(weights.created) - SHOWN} more biases, listed in fused.json and the report")
 
 
 def verify_stage(console: Console, folder: Path, inputs: Path | None, count: int, seed: int) -> VerifiedModel:

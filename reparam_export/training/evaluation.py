@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from reparam_export.adapters import glora
 from reparam_export.affine import Affine
 from reparam_export.layouts import matrix, stored
+from reparam_export.state import digest
 from reparam_export.training.space import Candidate
 from reparam_export.training.supernet import Sampled, Supernet
 
@@ -31,6 +32,11 @@ def accuracy(batches: Iterable[tuple[Any, Tensor]]) -> Measure:
 class _Accuracy:
     def __init__(self, batches: list[tuple[Any, Tensor]]) -> None:
         self.batches = batches
+
+    @property
+    def identity(self) -> str:
+        held = {f"{n}.{k}": t for n, batch in enumerate(self.batches) for k, t in enumerate(batch)}
+        return digest({name: t for name, t in held.items() if isinstance(t, Tensor)})
 
     def __call__(self, model: nn.Module) -> float:
         right = total = 0
@@ -73,6 +79,14 @@ class Fused:
             plain = source.plain()
             setattr(self.model.get_submodule(parent), attribute, plain)
             self.layers.append(plain)
+
+    @property
+    def identity(self) -> str:
+        """Of the weights and the data: a search folder of another supernet is not taken for this one's."""
+        tensors = {name: t for name, t in self.model.state_dict().items() if not name.startswith(self.space.layers)}
+        for name, source in zip(self.space.layers, self.sources, strict=True):
+            tensors |= {f"{name}.{key}": tensor for key, tensor in source.layer.state_dict().items()}
+        return digest(tensors) + str(getattr(self.measure, "identity", ""))
 
     def __call__(self, candidate: Candidate) -> float:
         self.space.check(candidate)

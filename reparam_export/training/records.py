@@ -165,7 +165,7 @@ class Journal:
                 break
             if number == 0 and line.decode().rstrip("\n") != header:
                 raise UsageError(
-                    f"{path.parent}: holds another search (other layers, choices, settings or start); use another folder"
+                    f"{path.parent}: holds another search (other layers, choices, settings, start, weights or data); use another folder"
                 )
             try:
                 if number:

@@ -83,8 +83,9 @@ def search(
     """Find the best candidate of the space. The same seed gives the same result, whatever the number of workers.
 
     evaluate: how good a candidate is, more is better. folder: where checkpoints and evaluations go; a search that was begun
-    there goes on, also to more epochs. start: an evolution checkpoint, of the authors' code or ours, to go on from.
-    workers: processes that evaluate; above 1, ``evaluate`` is sent to each, so a script needs ``if __name__ == "__main__"``.
+    there goes on, also to more epochs; one of other layers, settings or (of ``Fused``) other weights is refused.
+    start: an evolution checkpoint, of the authors' code or ours, to go on from. workers: processes that evaluate; above 1,
+    ``evaluate`` is sent to each, so a script needs ``if __name__ == "__main__"``.
     progress: called after each evaluation; None: a bar on a terminal.
     Raises UsageError for a folder of another search, limits that no candidate meets and an evaluation that is no number;
     CheckpointError for a damaged file.
@@ -97,6 +98,7 @@ def search(
         "choices": dict(space.choices),
         "settings": asdict(settings) | {"epochs": None},
         "start": None if start is None else sha256(Path(start)),
+        "evaluation": getattr(evaluate, "identity", None),
     }
     with Journal(place, identity) as journal:
         found = (None if place is None else latest(place)) or (None if start is None else Path(start))

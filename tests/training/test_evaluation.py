@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +97,22 @@ def test_training_further_does_not_change_what_is_evaluated(net: Supernet) -> No
         for parameter in net.model.parameters():
             parameter.mul_(3)
     assert fused(candidates(net)[0]) == first
+
+
+def test_a_search_folder_is_not_taken_over_by_other_weights_or_data(net: Supernet, tmp_path: Path) -> None:
+    settings = Search(population=4, select=2, mutations=1, crossovers=1, epochs=1)
+    batches = [(IMAGES, torch.arange(96) % 3)]
+    fused = Fused(net, accuracy(batches))
+    first = search(net.space, fused, settings, folder=tmp_path)
+    assert search(net.space, Fused(net, accuracy(batches)), settings, folder=tmp_path) == first
+    fused(first.top[-1])  # what was evaluated last does not matter
+    assert search(net.space, fused, settings, folder=tmp_path) == first
+    with pytest.raises(UsageError, match="another search"):
+        search(net.space, Fused(net, accuracy([(IMAGES, torch.arange(96) % 2)])), settings, folder=tmp_path)
+    with torch.no_grad():
+        net.layers()[1].adapter["Bu"][0, 0] += 1
+    with pytest.raises(UsageError, match="another search"):
+        search(net.space, Fused(net, accuracy(batches)), settings, folder=tmp_path)
 
 
 def test_a_candidate_of_another_space_is_refused(net: Supernet) -> None:
