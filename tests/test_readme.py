@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,25 @@ def test_the_two_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "out" / "model.onnx").is_file()
     assert rx.__doc__ is not None
     assert all(line.strip() in rx.__doc__ for line in example("example").splitlines()[1:] if line)
+
+
+def test_the_search_example_runs_and_its_files_convert_as_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    loop = (
+        "net.model.train()\n"
+        "for p in net.model.parameters():\n"
+        "    if p.requires_grad:\n"
+        "        p.data += 0.05 * torch.randn_like(p)\n"
+    )
+    names: dict[str, Any] = {}
+    exec(example("search").replace("...  #", f"{loop}#"), names)
+    best = rx.read("best.pt")
+    chosen = rx.read("net.pt", config="search/checkpoint-2.pth.tar", candidate=0)
+    assert [a.params.path for a in best.adapters] == [a.params.path for a in chosen.adapters] == [*names["found"].best]
+    assert rx.fuse(best).sha256() == rx.fuse(chosen).sha256()
 
 
 def test_the_table_has_a_row_for_every_recorded_case_and_each_is_within_its_bound() -> None:
