@@ -6,11 +6,9 @@ Safetensors files and PEFT folders are read without torch.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.adapters import kind
-from reparam_export.checkpoints import Checkpoint, non_finite, read, zeros
+from reparam_export.checkpoints import Checkpoint, non_finite, settings_of, zeros
 from reparam_export.errors import FusionError
 
 if TYPE_CHECKING:
@@ -20,13 +18,10 @@ if TYPE_CHECKING:
 
 def inspect_checkpoint(recipe: Recipe) -> dict[str, Any]:
     """Everything that can be said of the checkpoint without its base. JSON types. Raises CheckpointError."""
-    given = asdict(recipe)
-    given.pop("dtype")
-    path, base = given.pop("checkpoint"), given.pop("base")
     try:
-        checkpoint = read(path, base, inspecting=True, **given)
+        checkpoint = recipe.read(inspecting=True)
     except FusionError as error:
-        return {"path": path, "foldable": False, "reasons": [str(error)]}
+        return {"path": recipe.checkpoint, "foldable": False, "reasons": [str(error)]}
     missing = [{"setting": m.setting, "found_in": m.found_in, "option": m.option} for m in checkpoint.missing]
     if checkpoint.base is None:
         missing.append(
@@ -74,10 +69,10 @@ def show(console: Console, found: dict[str, Any]) -> None:
 def _adapter(checkpoint: Checkpoint, index: int) -> dict[str, Any]:
     adapter = checkpoint.adapters[index]
     return {
-        "module": adapter.module,
+        "module": adapter.site,
         "kind": adapter.kind,
         "rows": None if adapter.rows is None else list(adapter.rows),
-        "settings": kind(adapter.kind).describe(adapter.params),
+        "settings": settings_of(adapter),
     }
 
 

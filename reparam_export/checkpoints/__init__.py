@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from reparam_export import plugins
 from reparam_export.adapters import kind
@@ -32,6 +32,9 @@ from reparam_export.files import (
     sha256,
 )
 
+if TYPE_CHECKING:
+    from torch import nn
+
 NATIVE = "reparam-export/1"
 
 
@@ -40,16 +43,36 @@ class Adapter:
     """One adapter on one module of the base.
 
     module: dotted name; params: the kind's ``Params``; rows: the outputs it acts on (start, stop), as for one of q, k, v in a packed
-    projection; None: all of them.
+    projection; None: all of them. parameter: the module's tensor that it changes, where that is read directly and not through a
+    plain layer's forward (``in_proj_weight`` of an nn.MultiheadAttention, the weights of experts); expert: which matrix of a stack.
+    weight: how much of its change is kept, where several adapters are put on one base.
     """
 
     module: str
     kind: str
     params: Any
     rows: tuple[int, int] | None = None
+    parameter: str | None = None
+    expert: int | None = None
+    weight: float = 1.0
+
+    @property
+    def site(self) -> str:
+        """The matrix it acts on: module, its tensor unless that is the weight of a layer, and the number in a stack."""
+        tensor = f"{self.module}.{self.parameter}" if self.parameter else self.module
+        return tensor if self.expert is None else f"{tensor}[{self.expert}]"
+
+
+@dataclass(frozen=True)
+class Unbound:
+    """Stands for the Params of an adapter that is made when its base is there: what the checkpoint itself says of it."""
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
 
 
 Covers = Callable[[Sequence[str]], list[str]]  # names of a base's modules -> those that must have an adapter
+Bind = Callable[["nn.Module"], "Sequence[Adapter]"]  # the base, with whole tensors in place -> the adapters on it
 
 
 @dataclass(frozen=True)
@@ -64,15 +87,26 @@ class Recipe:
     candidate: int = 0
     inputs: tuple[str, ...] = ()
     dtype: str | None = None
+    weight: float = 1.0  # of this checkpoint in a stack
+    others: tuple[Recipe, ...] = ()  # the rest of the stack, in the order they act
 
-    def read(self) -> Checkpoint:
-        """The checkpoint. Raises CheckpointError and its kin."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("checkpoint", "dtype")}
-        return read(self.checkpoint, **given)
+    def read(self, *, inspecting: bool = False) -> Checkpoint:
+        """The checkpoint, with the others on top of it. Raises CheckpointError and its kin."""
+        own = ("checkpoint", "dtype", "weight", "others")
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        checkpoint = read(self.checkpoint, inspecting=inspecting, **given)
+        if not self.others and self.weight == 1:
+            return checkpoint
+        from reparam_export.checkpoints._stack import stacked
+
+        weights = [recipe.weight for recipe in (self, *self.others)]
+        return stacked([checkpoint, *(other.read(inspecting=inspecting) for other in self.others)], weights)
 
     def digests(self) -> dict[str, str]:
         """sha256 of every file the result depends on."""
         files = [self.checkpoint, *self.config, *([self.base_weights] if self.base_weights else [])]
+        for other in self.others:
+            files += other.digests()
         scheme, _, argument = (self.base or "").partition(":")
         place = Path(argument.rpartition(":")[0] if scheme == "py" else argument.partition("?")[0])
         if scheme in ("hf", "py") and place.exists():
@@ -91,6 +125,9 @@ class Parts:
     base_state: Mapping[str, Tensor] = field(default_factory=dict)  # the whole base, where the checkpoint carries it
     notes: tuple[str, ...] = ()
     covers: Covers | None = None  # which of a base's modules must be adapted; None: all alike those that are
+    bind: Bind | None = (
+        None  # where the adapters need the base (its names, its sizes, its numbers): makes them; ``adapters`` stand for them
+    )
 
 
 @dataclass(frozen=True)
@@ -176,14 +213,15 @@ class Checkpoint:
     covers: Covers
     positional: bool
     missing: tuple[MissingSettingError, ...] = ()
+    bind: Bind | None = None  # the adapters of this base, where ``adapters`` only stand for them
+    members: tuple[Checkpoint, ...] = ()  # of a stack, in the order they act
 
     def describe(self) -> dict[str, Any]:
         """What ``inspect`` shows and ``fused.json`` records. JSON types."""
         kinds: dict[str, int] = {}
         for adapter in self.adapters:
             kinds[adapter.kind] = kinds.get(adapter.kind, 0) + 1
-        described = [kind(a.kind).describe(a.params) for a in self.adapters]
-        ranks = sorted({r for d in described for r in _ranks(d)})
+        ranks = sorted({r for adapter in self.adapters for r in _ranks(settings_of(adapter))})
         return {
             "path": str(self.path),
             "sha256": self.sha256,
@@ -194,7 +232,18 @@ class Checkpoint:
             "settings": dict(self.settings),
             "files": [str(f) for f in self.files],
             "notes": list(self.notes),
+            "stack": [
+                {"path": str(m.path), "sha256": m.sha256, "format": m.format, "weight": m.recipe.weight}
+                for m in self.members
+            ],
         }
+
+
+def settings_of(adapter: Adapter) -> dict[str, Any]:
+    """What a reader wants to see of an adapter: its rank, its scale."""
+    if isinstance(adapter.params, Unbound):
+        return adapter.params.settings
+    return kind(adapter.kind).describe(adapter.params)
 
 
 class Format(Protocol):
@@ -257,6 +306,7 @@ def read(
         covers=parts.covers or siblings(parts.adapters),
         positional=given.positional,
         missing=tuple(given.missing),
+        bind=parts.bind,
     )
 
 
@@ -345,22 +395,48 @@ def _weights_file(path: Path) -> Path:
 
 
 def _check(path: Path, parts: Parts) -> None:
-    """No two adapters on the same outputs of one module, and at least one adapter."""
-    if not parts.adapters:
+    """At least one adapter or whole tensor, and no two adapters on the same outputs of one module."""
+    if not parts.adapters and not parts.replaced:
         raise CheckpointError(f"{path}: holds no adapter")
-    seen: dict[str, list[tuple[int, float]]] = {}
-    for adapter in parts.adapters:
-        start, stop = adapter.rows or (0, float("inf"))
-        for other_start, other_stop in seen.setdefault(adapter.module, []):
-            if start < other_stop and other_start < stop:
-                raise CheckpointError(f"{path}: two adapters act on the same outputs of {adapter.module}")
-        seen[adapter.module].append((start, stop))
+    check_disjoint(path, parts.adapters)
+
+
+def check_disjoint(path: Path, adapters: Sequence[Adapter]) -> None:
+    """Raises CheckpointError when two adapters of one checkpoint act on the same outputs of one module."""
+    for site, group in by_site(adapters).items():
+        if len(components(group)) < len(group):
+            raise CheckpointError(f"{path}: two adapters act on the same outputs of {site}")
+
+
+def by_site(adapters: Sequence[Adapter]) -> dict[str, list[Adapter]]:
+    """The adapters of each matrix, in order."""
+    grouped: dict[str, list[Adapter]] = {}
+    for adapter in adapters:
+        grouped.setdefault(adapter.site, []).append(adapter)
+    return grouped
+
+
+def components(adapters: Sequence[Adapter]) -> list[list[Adapter]]:
+    """The adapters of one matrix, those whose outputs overlap together and in order: each list is one stack."""
+    found: list[list[int]] = []
+    for number, adapter in enumerate(adapters):
+        touching = [any(_overlap(adapter, adapters[other]) for other in stack) for stack in found]
+        joined = [n for stack, touches in zip(found, touching, strict=True) if touches for n in stack]
+        found = [stack for stack, touches in zip(found, touching, strict=True) if not touches]
+        found.append(sorted([*joined, number]))
+    return [[adapters[n] for n in stack] for stack in found]
+
+
+def _overlap(one: Adapter, other: Adapter) -> bool:
+    (start, stop), (other_start, other_stop) = (a.rows or (0, sys.maxsize) for a in (one, other))
+    return start < other_stop and other_start < stop
 
 
 def _check_finite(path: Path, parts: Parts) -> None:
     for name, tensor in _named(parts):
         real = any(str(tensor.dtype).endswith(kind) for kind in ("float16", "float32", "float64"))  # bfloat16 too
-        if not real and not (name in parts.replaced and "int" in str(tensor.dtype)):
+        integers = name in parts.replaced or name.endswith("indices")
+        if not real and not (integers and "int" in str(tensor.dtype)):
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}; expected 16, 32 or 64 bit floating point numbers")
         if hasattr(tensor, "is_meta") and (tensor.is_meta or tensor.is_sparse or tensor.is_quantized):
             raise CheckpointError(f"{path}: {name} is not a plain dense tensor")
