@@ -435,7 +435,7 @@ def _overlap(one: Adapter, other: Adapter) -> bool:
 def _check_finite(path: Path, parts: Parts) -> None:
     for name, tensor in _named(parts):
         real = any(str(tensor.dtype).endswith(kind) for kind in ("float16", "float32", "float64"))  # bfloat16 too
-        integers = name in parts.replaced or name.endswith("indices")
+        integers = name in parts.replaced or name.endswith("indices") or ": tensors." in name
         if not real and not (integers and "int" in str(tensor.dtype)):
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}; expected 16, 32 or 64 bit floating point numbers")
         if hasattr(tensor, "is_meta") and (tensor.is_meta or tensor.is_sparse or tensor.is_quantized):
