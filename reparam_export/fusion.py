@@ -48,6 +48,13 @@ class FusedWeights(Mapping[str, "Tensor"]):
     def __len__(self) -> int:
         return len(self.tensors)
 
+    def by_every_name(self) -> dict[str, Tensor]:
+        """The tensors, tied ones under each of their names."""
+        return {
+            **self.tensors,
+            **{alias: self.tensors[name] for alias, name in self.aliases.items() if name in self.tensors},
+        }
+
     def storage(self) -> dict[str, int]:
         """dtype -> number of tensors stored in it."""
         counts: dict[str, int] = {}
@@ -103,6 +110,7 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | No
             f"{checkpoint.path}: the adapter changes nothing: every fused weight equals the base's. "
             "It was never trained, or the training code never switched it on (as Hydra's published nlu code does)"
         )
+    new = once(new, aliases)
     tensors = {name: _cast(name, tensor, storage) for name, tensor in state.items() if name not in new} | new
     _check_finite(tensors)
     return FusedWeights(
@@ -243,20 +251,45 @@ def own_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_shared(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """Raises SharedWeightError where an adapter or a replaced tensor would also change another module."""
+    """Raises SharedWeightError where an adapter or a replaced tensor would also change another module.
+
+    A tensor whose owners all have an adapter, or are all replaced, is let through: they must then come out alike.
+    """
+    import torch
+
     for adapter in checkpoint.adapters:
         touched_module(module, adapter.module)
     tied = tied_names(module)
-    tensors = [name for adapter in checkpoint.adapters for name in touched(adapter)]
-    for tensor in (*tensors, *checkpoint.replaced):
-        if tensor in tied:
-            others = tuple(o for o in tied[tensor] if o != tensor)
-            raise SharedWeightError(
-                f"{tensor} is one tensor with {', '.join(others)}: changing it would change both. "
-                "Untie them in the base first (for a Hugging Face folder: save it with tie_word_embeddings=False)",
-                tensor=tensor,
-                owners=tied[tensor],
-            )
+    adapted = [name for adapter in checkpoint.adapters for name in touched(adapter)]
+    for names in (adapted, list(checkpoint.replaced)):
+        for tensor in names:
+            others = tuple(o for o in tied.get(tensor, ()) if o != tensor)
+            if any(other not in names for other in others):
+                raise _shared(tensor, others, tied)
+    for tensor, value in checkpoint.replaced.items():
+        others = tuple(o for o in tied.get(tensor, ()) if not torch.equal(checkpoint.replaced[o], value))
+        if others:
+            raise _shared(tensor, others, tied)
+
+
+def _shared(tensor: str, others: tuple[str, ...], tied: Mapping[str, tuple[str, ...]]) -> SharedWeightError:
+    return SharedWeightError(
+        f"{tensor} is one tensor with {', '.join(others)}: changing it would change both. "
+        "Untie them in the base first (for a Hugging Face folder: save it with tie_word_embeddings=False)",
+        tensor=tensor,
+        owners=tied[tensor],
+    )
+
+
+def once(new: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """The folded tensors, each tied one under the one name that holds it. Raises SharedWeightError when its owners came out different."""
+    import torch
+
+    kept = {name: tensor for name, tensor in new.items() if name not in aliases}
+    for alias, holder in aliases.items():
+        if alias in new and not torch.equal(new[alias], new[holder]):
+            raise _shared(alias, (holder,), {alias: (alias, holder)})
+    return kept
 
 
 def _cast(name: str, tensor: Tensor, storage: torch.dtype | None) -> Tensor:

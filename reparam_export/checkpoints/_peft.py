@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -126,13 +126,39 @@ def parts_of(source: Source, claim: Claim, adapters: Sequence[Adapter], check: C
     found = (*adapters, *trained_tokens(source, claim))
     replaced = whole_tensors(claim, source)
     claim.finish()
-    bind = None if check is None else partial(_checked, check, found)
+    needs_base = check is not None or any(adapter.kind == "tokens" for adapter in found)
+    bind = partial(on_base, check, found) if needs_base else None
     return Parts(found, replaced, base=base_spec(source), covers=targets(source.config), bind=bind)
 
 
-def _checked(check: Check, adapters: Sequence[Adapter], module: nn.Module) -> Sequence[Adapter]:
-    check(module, adapters)
-    return adapters
+def on_base(check: Check | None, adapters: Sequence[Adapter], module: nn.Module) -> list[Adapter]:
+    """The adapters once the base has passed the check, trained tokens on every layer that shares their weight."""
+    if check is not None:
+        check(module, adapters)
+    placed = [a for a in adapters if a.kind != "tokens"]
+    tokens = {a.module: a for a in adapters if a.kind == "tokens"}
+    for adapter in tokens.values():
+        placed += [a for a in on_every_tie(module, adapter) if a.module == adapter.module or a.module not in tokens]
+    return placed
+
+
+def on_every_tie(module: nn.Module, adapter: Adapter) -> list[Adapter]:
+    """Trained tokens on their embedding and, as peft has it, on the layers that share its weight, on the side of their outputs."""
+    from torch import nn as torch_nn
+
+    shared = module.get_submodule(adapter.module).get_parameter("weight")
+    owners = [name for name, part in module.named_modules() if part._parameters.get("weight") is shared]
+    found = []
+    for name in owners:
+        layer = module.get_submodule(name)
+        side = "output" if isinstance(layer, torch_nn.Linear) else "input"
+        if side == "output" and layer.bias is not None:
+            raise FusionError(
+                f"{name}: peft's forward of trained tokens on a linear layer leaves its bias out; no such layer can be kept"
+            )
+        if name == adapter.module or side == "output":
+            found.append(replace(adapter, module=name, params=replace(adapter.params, side=side)))
+    return found
 
 
 def modules_with(source: Source, first: str | tuple[str, ...]) -> list[str]:

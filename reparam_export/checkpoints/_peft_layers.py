@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.affine import Tensor
 from reparam_export.checkpoints import Adapter, Bind, Parts, Source, Unbound
-from reparam_export.checkpoints._peft import PREFIX, other_settings, parts_of, targets, tuner_prefix
+from reparam_export.checkpoints._peft import PREFIX, on_base, other_settings, parts_of, targets, tuner_prefix
 from reparam_export.errors import FusionError, MissingBackendError, NotAffineError, TensorMismatchError
 
 if TYPE_CHECKING:
@@ -65,7 +65,10 @@ def bind_layers(source: Source, tokens: Sequence[Adapter]) -> Bind:
         layers: dict[str, Any] = dict(model.base_model.model.named_modules())
         layers = {n: part for n, part in layers.items() if isinstance(part, BaseTunerLayer)}
         layers = {n: part for n, part in layers.items() if not hasattr(part, "trainable_tokens_delta")}
-        return [*(_adapter(n, part, module.get_submodule(n)) for n, part in layers.items()), *tokens]
+        return [
+            *(_adapter(n, part, module.get_submodule(n)) for n, part in layers.items()),
+            *on_base(None, tokens, module),
+        ]
 
     return bind
 

@@ -25,6 +25,7 @@ from reparam_export.checkpoints._peft import (
     looked_for,
     named,
     of_type,
+    on_base,
     other_settings,
     parts_of,
 )
@@ -180,7 +181,7 @@ def _of_parameters(source: Source, claim: Claim, modules: Sequence[str]) -> Part
                 )
             for parameter, full in zip(own, wrappers, strict=True):
                 found += _on_parameter(source, name, parameter, target.get_parameter(parameter), *pairs[full])
-        return [*found, *parts.adapters[len(pairs) :]]
+        return [*found, *on_base(None, parts.adapters[len(pairs) :], module)]
 
     waiting = [
         Adapter(

@@ -123,29 +123,30 @@ def prove_weights(
     Raises EquivalenceError for a touched tensor that is missing or mis-shaped.
     """
     evidence = []
+    tensors = weights.by_every_name()
     order = {name: number for number, (name, _) in enumerate(base.named_modules())}
     stacks = [stack for group in by_site(checkpoint.adapters).values() for stack in components(group)]
     for done, stack in enumerate(sorted(stacks, key=lambda s: order.get(s[0].module, 0)), 1):
         module = touched_module(base, stack[0].module)
-        _check_present(module, stack[0], weights)
-        evidence.append(prove_layer(module, stack, weights.tensors, seed=seed, limit=limit))
+        _check_present(module, stack[0], tensors)
+        evidence.append(prove_layer(module, stack, tensors, seed=seed, limit=limit))
         if advance is not None:
             advance(done, len(stacks))
     return tuple(evidence)
 
 
-def _check_present(module: nn.Module, adapter: Adapter, weights: FusedWeights) -> None:
+def _check_present(module: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     """Raises EquivalenceError unless the fused weights hold the touched tensors in their shapes, as floating point numbers."""
     site = site_of(module, adapter)
     own = site.of(module)
-    expected, found = tuple(own[site.tensor].shape), weights.tensors.get(site.tensor)
+    expected, found = tuple(own[site.tensor].shape), tensors.get(site.tensor)
     if found is None or tuple(found.shape) != expected:
         raise EquivalenceError(
             f"{site.tensor}: expected shape {expected}, found "
             f"{'no such tensor' if found is None else tuple(found.shape)} in the fused weights",
             layer=adapter.module,
         )
-    bias = weights.tensors.get(site.bias) if site.bias else None
+    bias = tensors.get(site.bias) if site.bias else None
     outputs = site.affine(own).out_features
     fits = bias is None or (tuple(bias.shape) == (outputs,) and bias.is_floating_point())
     if not fits or not found.is_floating_point():
@@ -315,5 +316,5 @@ def _carried(base: nn.Module, checkpoint: Checkpoint, weights: FusedWeights) -> 
     for adapter in checkpoint.adapters:
         tensors.setdefault((adapter.module, adapter.parameter), []).append(adapter)
     for (name, _), adapters in tensors.items():
-        outside += uncovered(base.get_submodule(name), adapters, weights.tensors)
+        outside += uncovered(base.get_submodule(name), adapters, weights.by_every_name())
     return CarriedEvidence(evidence.compared, evidence.equal, evidence.replaced, (*evidence.different, *outside))
