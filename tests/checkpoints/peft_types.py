@@ -15,13 +15,23 @@ from typing import Any
 import peft
 import peft.tuners.boft.layer
 import torch
+from peft.tuners.lora import config as settings
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import reparam_export as rx
 from reparam_export.float64 import pure_float64
 
-peft.tuners.boft.layer.get_fbd_cuda = lambda: None  # it would compile a CUDA kernel, and say that it cannot
+
+class OnTheCpu:
+    """peft's CUDA kernel of BOFT, which it would compile: block-diagonal matrices of (factors, blocks, b, b)."""
+
+    @staticmethod
+    def forward(blocks: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
+
+
+peft.tuners.boft.layer.get_fbd_cuda = OnTheCpu
 
 
 class Linears(nn.Module):
@@ -114,7 +124,8 @@ class PeftCase:
 
     @property
     def kind(self) -> str:
-        return str(self.config().peft_type.value)
+        with quiet():
+            return str(self.config().peft_type.value)
 
     def make(self, folder: Path) -> tuple[rx.Checkpoint, nn.Module]:
         """The folder as peft writes it, read; and peft's own model, unfused."""
@@ -172,7 +183,9 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def case(name: str, config: Any, targets: list[str] | None = None, net: type[nn.Module] = Linears, **more: Any) -> PeftCase:
+def case(
+    name: str, config: Any, targets: list[str] | None = None, net: type[nn.Module] = Linears, **more: Any
+) -> PeftCase:
     probed, dtype = more.pop("probed", False), more.pop("dtype", torch.float32)
     if targets is not None:
         more["target_modules"] = targets
@@ -180,32 +193,105 @@ def case(name: str, config: Any, targets: list[str] | None = None, net: type[nn.
 
 
 CONV = ["first", "second", "third"]
+EXPERTS = ["experts.up", "experts.down", "experts.router"]
+BLOCKS = settings.BdLoraConfig(target_modules_bd_a=["first"], target_modules_bd_b=["second"], nblocks=2)
 RANDOM: dict[str, Any] = {"init_weights": False}
 CASES = [
     case("lora", peft.LoraConfig, LINEAR, r=3, lora_alpha=7),
     case("lora bf16", peft.LoraConfig, LINEAR, r=3, lora_alpha=7, dtype=torch.bfloat16),
-    case("lora rslora patterns", peft.LoraConfig, LINEAR, r=3, lora_alpha=7, use_rslora=True, rank_pattern={"second": 2}, alpha_pattern={"first": 5}),
+    case(
+        "lora rslora patterns",
+        peft.LoraConfig,
+        LINEAR,
+        r=3,
+        lora_alpha=7,
+        use_rslora=True,
+        rank_pattern={"second": 2},
+        alpha_pattern={"first": 5},
+    ),
     case("lora bias all", peft.LoraConfig, ["first"], r=3, lora_alpha=7, bias="all", lora_bias=True),
-    case("lora only bias", peft.LoraConfig, ["first"], r=3, lora_alpha=7, bias="lora_only", modules_to_save=["norm", "head"]),
+    case(
+        "lora only bias",
+        peft.LoraConfig,
+        ["first"],
+        r=3,
+        lora_alpha=7,
+        bias="lora_only",
+        modules_to_save=["norm", "head"],
+    ),
     case("lora convolutions", peft.LoraConfig, CONV, Convolutions, r=3, lora_alpha=7),
     case("lora embedding", peft.LoraConfig, ["embed", "fc"], Tokens, r=3, lora_alpha=7),
     case("lora tokens", peft.LoraConfig, ["fc"], Tokens, r=3, trainable_token_indices={"embed": [2, 7, 29]}),
     case("lora attention", peft.LoraConfig, ["attn"], Attention, r=3, lora_alpha=7),
-    case("lora experts", peft.LoraConfig, ["fc"], Mixture, r=2, lora_alpha=7, target_parameters=["experts.up", "experts.down", "experts.router"]),
-    case("lora parameter of a layer", peft.LoraConfig, [], r=2, lora_alpha=7, target_parameters=["first.weight", "second.weight"]),
+    case(
+        "lora experts",
+        peft.LoraConfig,
+        ["fc"],
+        Mixture,
+        r=2,
+        lora_alpha=7,
+        target_parameters=["experts.up", "experts.down", "experts.router"],
+    ),
+    case(
+        "lora parameter of a layer",
+        peft.LoraConfig,
+        [],
+        r=2,
+        lora_alpha=7,
+        target_parameters=["first.weight", "second.weight"],
+    ),
     case("lora mica", peft.LoraConfig, ["embed", "fc"], Tokens, r=2, lora_alpha=7, init_lora_weights="mica"),
-    case("lora velora", peft.LoraConfig, PLAIN, r=2, lora_alpha=7, velora_config=peft.tuners.lora.config.VeloraConfig(num_groups=4)),
-    case("lora monteclora", peft.LoraConfig, PLAIN, r=2, lora_alpha=7, monteclora_config=peft.tuners.lora.config.MontecloraConfig()),
+    case(
+        "lora velora",
+        peft.LoraConfig,
+        PLAIN,
+        r=2,
+        lora_alpha=7,
+        velora_config=settings.VeloraConfig(num_groups=4),
+    ),
+    case(
+        "lora monteclora",
+        peft.LoraConfig,
+        PLAIN,
+        r=2,
+        lora_alpha=7,
+        monteclora_config=settings.MontecloraConfig(),
+    ),
     case("lora pissa", peft.LoraConfig, LINEAR, r=3, lora_alpha=7, init_lora_weights="pissa", probed=True),
+    case("lora pissa bf16", peft.LoraConfig, PLAIN, r=3, init_lora_weights="pissa", probed=True, dtype=torch.bfloat16),
     case("lora olora", peft.LoraConfig, PLAIN, r=3, lora_alpha=7, init_lora_weights="olora", probed=True),
-    case("lora kasa", peft.LoraConfig, PLAIN, r=2, lora_alpha=7, kasa_config=peft.tuners.lora.config.KasaConfig(), probed=True),
-    case("lora bdlora", peft.LoraConfig, PLAIN, r=4, lora_alpha=7, use_bdlora=peft.tuners.lora.config.BdLoraConfig(target_modules_bd_a=["first"], target_modules_bd_b=["second"], nblocks=2), probed=True),
+    case(
+        "lora kasa",
+        peft.LoraConfig,
+        PLAIN,
+        r=2,
+        lora_alpha=7,
+        kasa_config=settings.KasaConfig(),
+        probed=True,
+    ),
+    case(
+        "lora bdlora",
+        peft.LoraConfig,
+        PLAIN,
+        r=4,
+        lora_alpha=7,
+        use_bdlora=settings.BdLoraConfig(target_modules_bd_a=["first"], target_modules_bd_b=["second"], nblocks=2),
+        probed=True,
+    ),
     case("dora", peft.LoraConfig, LINEAR, r=3, lora_alpha=7, use_dora=True),
     case("dora bf16", peft.LoraConfig, LINEAR, r=3, lora_alpha=7, use_dora=True, dtype=torch.bfloat16),
     case("dora convolutions", peft.LoraConfig, CONV, Convolutions, r=3, lora_alpha=7, use_dora=True),
     case("dora embedding", peft.LoraConfig, ["embed", "fc"], Tokens, r=3, lora_alpha=7, use_dora=True),
     case("adalora", peft.AdaLoraConfig, LINEAR, init_r=4, lora_alpha=7, total_step=10),
-    case("adalora convolution", peft.AdaLoraConfig, ["first", "second"], Convolutions, init_r=3, lora_alpha=5, total_step=10),
+    case(
+        "adalora convolution",
+        peft.AdaLoraConfig,
+        ["first", "second"],
+        Convolutions,
+        init_r=3,
+        lora_alpha=5,
+        total_step=10,
+    ),
     case("loha", peft.LoHaConfig, PLAIN, r=3, alpha=7),
     case("loha convolutions", peft.LoHaConfig, CONV, Convolutions, r=3, alpha=7),
     case("loha tucker", peft.LoHaConfig, CONV, Convolutions, r=3, alpha=7, use_effective_conv2d=True),
@@ -219,13 +305,33 @@ CASES = [
     case("ia3 convolutions", peft.IA3Config, ["first", "second"], Convolutions, feedforward_modules=["first"]),
     case("ia3 pattern", peft.IA3Config, PLAIN, feedforward_modules="f.*"),
     case("oft", peft.OFTConfig, PLAIN, oft_block_size=4, **RANDOM),
+    case("oft bf16", peft.OFTConfig, PLAIN, oft_block_size=4, bias="all", dtype=torch.bfloat16, **RANDOM),
     case("oft cayley", peft.OFTConfig, PLAIN, oft_block_size=4, use_cayley_neumann=False, **RANDOM),
     case("oft terms", peft.OFTConfig, PLAIN, r=2, oft_block_size=0, num_cayley_neumann_terms=3, **RANDOM),
-    case("oft shared constrained", peft.OFTConfig, PLAIN, oft_block_size=4, block_share=True, coft=True, eps=0.3, **RANDOM),
+    case(
+        "oft shared constrained",
+        peft.OFTConfig,
+        PLAIN,
+        oft_block_size=4,
+        block_share=True,
+        coft=True,
+        eps=0.3,
+        **RANDOM,
+    ),
     case("oft embedding", peft.OFTConfig, ["embed", "fc"], Tokens, oft_block_size=3, **RANDOM),
     case("oft 1 x 1", peft.OFTConfig, ["second"], Convolutions, oft_block_size=3, **RANDOM),
     case("boft", peft.BOFTConfig, PLAIN, boft_block_size=4, **RANDOM),
-    case("boft convolutions", peft.BOFTConfig, ["first", "second"], Convolutions, boft_block_num=2, boft_block_size=0, **RANDOM),
+    case("boft butterfly", peft.BOFTConfig, PLAIN, boft_block_size=2, boft_n_butterfly_factor=2, **RANDOM),
+    case("boft butterflies", peft.BOFTConfig, ["second"], boft_block_size=4, boft_n_butterfly_factor=3, **RANDOM),
+    case(
+        "boft convolutions",
+        peft.BOFTConfig,
+        ["first", "second"],
+        Convolutions,
+        boft_block_num=2,
+        boft_block_size=0,
+        **RANDOM,
+    ),
     case("hra", peft.HRAConfig, PLAIN, r=3, **RANDOM),
     case("hra gram-schmidt", peft.HRAConfig, PLAIN, r=3, apply_GS=True, **RANDOM),
     case("hra convolutions", peft.HRAConfig, ["first", "second"], Convolutions, r=3, **RANDOM),
@@ -239,7 +345,16 @@ CASES = [
     case("waveft db2", peft.WaveFTConfig, PLAIN, n_frequency=40, scaling=3.0, wavelet_family="db2", probed=True),
     case("randlora", peft.RandLoraConfig, LINEAR, r=3, randlora_alpha=5, **RANDOM),
     case("randlora sparse", peft.RandLoraConfig, PLAIN, r=4, randlora_alpha=5, sparse=True, **RANDOM),
-    case("randlora drawn", peft.RandLoraConfig, PLAIN, r=3, randlora_alpha=5, save_projection=False, probed=True, **RANDOM),
+    case(
+        "randlora drawn",
+        peft.RandLoraConfig,
+        PLAIN,
+        r=3,
+        randlora_alpha=5,
+        save_projection=False,
+        probed=True,
+        **RANDOM,
+    ),
     case("miss", peft.MissConfig, PLAIN, r=5, **RANDOM),
     case("miss mini", peft.MissConfig, PLAIN, r=4, mini_r=2, init_weights="mini"),
     case("miss bat", peft.MissConfig, PLAIN, r=4, init_weights="bat"),
@@ -249,14 +364,33 @@ CASES = [
     case("c3a", peft.C3AConfig, PLAIN, block_size=4, **RANDOM),
     case("shira", peft.ShiraConfig, PLAIN, r=2, **RANDOM),
     case("glora", peft.GloraConfig, PLAIN, r=3, config_D_E="vector", **RANDOM),
-    case("glora vectors", peft.GloraConfig, PLAIN, config_A_B="vector", config_C="vector", config_D_E="constant", **RANDOM),
-    case("glora constants", peft.GloraConfig, PLAIN, config_A_B="constant", config_C="none", config_D_E="none", **RANDOM),
+    case(
+        "glora vectors",
+        peft.GloraConfig,
+        PLAIN,
+        config_A_B="vector",
+        config_C="vector",
+        config_D_E="constant",
+        **RANDOM,
+    ),
+    case(
+        "glora constants", peft.GloraConfig, PLAIN, config_A_B="constant", config_C="none", config_D_E="none", **RANDOM
+    ),
     case("delora", peft.DeloraConfig, PLAIN, r=3, delora_lambda=5, rank_pattern={"second": 2}, **RANDOM),
     case("hira", peft.HiraConfig, LINEAR, r=3, **RANDOM),
     case("hira convolutions", peft.HiraConfig, CONV, Convolutions, r=3, **RANDOM),
     case("hira embedding", peft.HiraConfig, ["embed", "fc"], Tokens, r=3, **RANDOM),
     case("vblora", peft.VBLoRAConfig, LINEAR, r=3, num_vectors=9, vector_length=4, topk=2),
-    case("vblora topk", peft.VBLoRAConfig, PLAIN, r=3, num_vectors=9, vector_length=4, topk=3, save_only_topk_weights=True),
+    case(
+        "vblora topk",
+        peft.VBLoRAConfig,
+        PLAIN,
+        r=3,
+        num_vectors=9,
+        vector_length=4,
+        topk=3,
+        save_only_topk_weights=True,
+    ),
     case("beft", peft.BeftConfig, PLAIN),
     case("deft", peft.DeftConfig, LINEAR, r=3, alpha=5),
     case("deft qr", peft.DeftConfig, PLAIN, r=3, decomposition_method="qr"),
@@ -266,6 +400,7 @@ CASES = [
     case("ln tuning", peft.LNTuningConfig, ["norm"]),
     case("trainable tokens", peft.TrainableTokensConfig, ["embed"], Tokens, token_indices=[2, 7, 29]),
     case("adamss", peft.AdamssConfig, PLAIN, r=4, num_subspaces=2, probed=True),
+    case("adamss head", peft.AdamssConfig, PLAIN, r=4, num_subspaces=2, modules_to_save=["head"], probed=True),
     case("frod", peft.FrodConfig, LINEAR, probed=True),
     case("osf", peft.OSFConfig, PLAIN, effective_rank=3, probed=True),
     case("peanut", peft.PeanutConfig, PLAIN, r=2, depth=1, probed=True, **RANDOM),
