@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import reparam_export as rx
 from reparam_export import plugins
 from reparam_export.adapters import kind
 from reparam_export.affine import Affine, map_tensors, tensors_of, to_dtype
-from reparam_export.checkpoints import Adapter
+from reparam_export.checkpoints import NATIVE, Adapter
+from reparam_export.checkpoints.native import to_plain
 from reparam_export.verification.weights import prove_layer
 
 SIZES = [(5, 7), (7, 5), (6, 6), (1, 4), (12, 3)]
@@ -50,6 +53,20 @@ def test_shapes_name_every_tensor_of_an_example(name: str) -> None:
         found = {field: tuple(tensor.shape) for field, tensor in tensors_of(params).items()}
         assert found == kind(name).shapes(even(name, out), inn, params)
         assert all(bool((tensor != 0).all()) for tensor in tensors_of(params).values())
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "probed"])
+def test_our_own_format_holds_every_kind(name: str, tmp_path: Path) -> None:
+    for seed in range(6):
+        out, inn = SIZES[seed % len(SIZES)]
+        params = kind(name).example(seed, base(even(name, out), inn, seed, bias=True))
+        entry = {"module": "fc", "kind": name, "rows": None, "params": to_plain(params)}
+        torch.save({"format": NATIVE, "adapters": [entry]}, tmp_path / "ckpt.pt")
+        (read,) = rx.read(tmp_path / "ckpt.pt").adapters
+        again, given = tensors_of(read.params), tensors_of(params)
+        assert again.keys() == given.keys()
+        assert all(torch.equal(again[field], given[field]) for field in given)
+        assert kind(name).describe(read.params) == kind(name).describe(params)
 
 
 def fractions(tensor: Any) -> Any:
