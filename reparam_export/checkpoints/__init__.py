@@ -11,31 +11,58 @@ skipped. A format is a module with
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from reparam_export import plugins
 from reparam_export.adapters import kind
-from reparam_export.affine import Tensor, map_tensors, tensors_of
-from reparam_export.checkpoints._settings import Settings, read_settings
-from reparam_export.errors import CheckpointError, MissingSettingError, TensorMismatchError, UnknownFormatError
-from reparam_export.files import (
-    PICKLES,
-    flat_tensors,
-    load_pickle,
-    load_safetensors,
-    read_json,
-    sha256,
+from reparam_export.affine import Tensor
+from reparam_export.checkpoints._checks import (
+    by_site,
+    check,
+    check_disjoint,
+    check_finite,
+    components,
+    non_finite,
+    zeros,
 )
+from reparam_export.checkpoints._settings import read_settings
+from reparam_export.checkpoints._source import NATIVE, Claim, Source, as_core, as_integers, as_matrix, open_source
+from reparam_export.errors import CheckpointError, MissingSettingError, UnknownFormatError
+from reparam_export.files import sha256
 
 if TYPE_CHECKING:
     from torch import nn
 
-NATIVE = "reparam-export/1"
+__all__ = [
+    "NATIVE",
+    "Adapter",
+    "Bind",
+    "Checkpoint",
+    "Claim",
+    "Covers",
+    "Format",
+    "Parts",
+    "Recipe",
+    "Source",
+    "Unbound",
+    "as_core",
+    "as_integers",
+    "as_matrix",
+    "by_site",
+    "check_disjoint",
+    "components",
+    "non_finite",
+    "open_source",
+    "read",
+    "recognise",
+    "settings_of",
+    "siblings",
+    "unnumbered",
+    "zeros",
+]
 
 
 @dataclass(frozen=True)
@@ -131,68 +158,6 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Source:
-    """One opened checkpoint. ``tensors`` in file order; ``content`` the whole object of our own format."""
-
-    path: Path
-    file: Path
-    tensors: Mapping[str, Tensor]
-    config: Mapping[str, Any]
-    metadata: Mapping[str, str]
-    content: Mapping[str, Any]
-    settings: Settings
-    base_given: bool
-
-    def claim(self) -> Claim:
-        """All tensors, to be taken one by one; what is not taken is an error."""
-        return Claim(self.path, dict(self.tensors))
-
-
-class Claim:
-    """Tensors that a reader has to account for, every one of them."""
-
-    def __init__(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        self._path, self._left = path, tensors
-
-    def take(self, name: str) -> Tensor:
-        """Raises TensorMismatchError when it is not there."""
-        if name not in self._left:
-            module, _, tensor = name.rpartition(".")
-            raise TensorMismatchError(
-                f"{self._path}: tensor {name} is missing; the adapter on {module} needs it",
-                module=module,
-                tensor=tensor,
-                expected=name,
-                found=None,
-            )
-        return self._left.pop(name)
-
-    def take_if(self, name: str) -> Tensor | None:
-        return self._left.pop(name, None)
-
-    def take_all(self, wanted: Any) -> dict[str, Tensor]:
-        """Every remaining tensor whose name satisfies ``wanted``."""
-        return {name: self._left.pop(name) for name in list(self._left) if wanted(name)}
-
-    def names(self) -> list[str]:
-        return list(self._left)
-
-    def finish(self) -> None:
-        """Raises TensorMismatchError when anything was left over."""
-        if self._left:
-            name = next(iter(self._left))
-            module, _, tensor = name.rpartition(".")
-            raise TensorMismatchError(
-                f"{self._path}: {len(self._left)} tensor(s) that belong to no adapter and no head, first {name} "
-                f"{tuple(self._left[name].shape)}; nothing may be left over, because a dropped tensor changes the model",
-                module=module,
-                tensor=tensor,
-                expected=None,
-                found=tuple(self._left[name].shape),
-            )
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint as read: adapters on named modules, and where their base comes from."""
 
@@ -277,9 +242,9 @@ def read(
     name, fmt = recognise(source)
     parts = _read(fmt, source)
     given.check_all_used(name)
-    _check(source.path, parts)
+    check(source.path, parts)
     if not inspecting:
-        _check_finite(source.path, parts)
+        check_finite(source.path, parts)
     return Checkpoint(
         path=source.path,
         format=name,
@@ -340,27 +305,6 @@ def _read(fmt: Format, source: Source) -> Parts:
         ) from error
 
 
-def open_source(path: Path, settings: Settings, *, base_given: bool, numpy: bool) -> Source:
-    """Open a file, or the weights and configuration of a folder. Raises CheckpointError."""
-    file = _weights_file(path)
-    beside = file.parent if path.is_file() else path
-    config: dict[str, Any] = {}
-    for name in ("adapter_config.json", "config.json"):
-        if not config and (beside / name).is_file():
-            config = read_json(beside / name)
-    content: Mapping[str, Any] = {}
-    metadata: dict[str, str] = {}
-    if file.suffix == ".safetensors":
-        tensors, metadata = load_safetensors(file, numpy=numpy)
-    else:
-        loaded = load_pickle(file)
-        if isinstance(loaded, Mapping) and loaded.get("format") == NATIVE:
-            content, tensors = loaded, {}
-        else:
-            tensors = flat_tensors(file, loaded)
-    return Source(path, file, tensors, config, metadata, content, settings, base_given)
-
-
 def recognise(source: Source) -> tuple[str, Format]:
     """The format that accepts the source. Raises UnknownFormatError that lists what each format looked for."""
     formats = {name: cast(Format, plugins.load("checkpoints", name)) for name in plugins.names("checkpoints")}
@@ -375,108 +319,6 @@ def recognise(source: Source) -> tuple[str, Format]:
         path=str(source.path),
         looked_for=looked_for,
     )
-
-
-def _weights_file(path: Path) -> Path:
-    if path.is_file():
-        if path.name.endswith((*PICKLES, ".safetensors")):
-            return path
-        raise CheckpointError(
-            f"{path}: expected {', '.join(PICKLES)}, .safetensors or a PEFT folder, found the ending {path.suffix or '(none)'}"
-        )
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
-    for name in ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return path / name
-    raise CheckpointError(
-        f"{path}: the folder holds no adapter_model.safetensors, adapter_model.bin, model.safetensors or pytorch_model.bin"
-    )
-
-
-def _check(path: Path, parts: Parts) -> None:
-    """At least one adapter or whole tensor, and no two adapters on the same outputs of one module."""
-    if not parts.adapters and not parts.replaced:
-        raise CheckpointError(f"{path}: holds no adapter")
-    check_disjoint(path, parts.adapters)
-
-
-def check_disjoint(path: Path, adapters: Sequence[Adapter]) -> None:
-    """Raises CheckpointError when two adapters of one checkpoint act on the same outputs of one module."""
-    for site, group in by_site(adapters).items():
-        if len(components(group)) < len(group):
-            raise CheckpointError(f"{path}: two adapters act on the same outputs of {site}")
-
-
-def by_site(adapters: Sequence[Adapter]) -> dict[str, list[Adapter]]:
-    """The adapters of each matrix, in order."""
-    grouped: dict[str, list[Adapter]] = {}
-    for adapter in adapters:
-        grouped.setdefault(adapter.site, []).append(adapter)
-    return grouped
-
-
-def components(adapters: Sequence[Adapter]) -> list[list[Adapter]]:
-    """The adapters of one matrix, those whose outputs overlap together and in order: each list is one stack."""
-    found: list[list[int]] = []
-    for number, adapter in enumerate(adapters):
-        touching = [any(_overlap(adapter, adapters[other]) for other in stack) for stack in found]
-        joined = [n for stack, touches in zip(found, touching, strict=True) if touches for n in stack]
-        found = [stack for stack, touches in zip(found, touching, strict=True) if not touches]
-        found.append(sorted([*joined, number]))
-    return [[adapters[n] for n in stack] for stack in found]
-
-
-def _overlap(one: Adapter, other: Adapter) -> bool:
-    (start, stop), (other_start, other_stop) = (a.rows or (0, sys.maxsize) for a in (one, other))
-    return start < other_stop and other_start < stop
-
-
-def _check_finite(path: Path, parts: Parts) -> None:
-    for name, tensor in _named(parts):
-        real = any(str(tensor.dtype).endswith(kind) for kind in ("float16", "float32", "float64"))  # bfloat16 too
-        integers = name in parts.replaced or name.endswith("indices") or ": tensors." in name
-        if not real and not (integers and "int" in str(tensor.dtype)):
-            raise CheckpointError(f"{path}: {name} is {tensor.dtype}; expected 16, 32 or 64 bit floating point numbers")
-        if hasattr(tensor, "is_meta") and (tensor.is_meta or tensor.is_sparse or tensor.is_quantized):
-            raise CheckpointError(f"{path}: {name} is not a plain dense tensor")
-    for adapter in parts.adapters:
-        where = f"{path}: {adapter.module}"
-        map_tensors(adapter.params, lambda t: t, partial(_finite_number, where))
-    bad = non_finite(parts)
-    if bad:
-        raise CheckpointError(
-            f"{path}: {len(bad)} tensor(s) hold NaN or infinity, first {bad[0]}; this training run diverged"
-        )
-
-
-def non_finite(parts: Parts | Checkpoint) -> list[str]:
-    """Names of tensors with a NaN or an infinity."""
-    return [name for name, tensor in _named(parts) if not _finite(tensor)]
-
-
-def zeros(parts: Parts | Checkpoint) -> list[str]:
-    """Names of adapter tensors that are zero throughout."""
-    return [
-        name
-        for name, t in _named(parts)
-        if name not in parts.replaced and 0 not in t.shape and not bool((t != 0).any())
-    ]
-
-
-def _named(parts: Parts | Checkpoint) -> list[tuple[str, Tensor]]:
-    adapters = [(f"{a.module}: {name}", t) for a in parts.adapters for name, t in tensors_of(a.params).items()]
-    return [*adapters, *parts.replaced.items()]
-
-
-def _finite_number(where: str, number: float) -> float:
-    if number != number or abs(number) > sys.float_info.max:
-        raise CheckpointError(f"{where}: {number} is no usable scale")
-    return number
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool((tensor == tensor).all()) and bool((abs(tensor) != float("inf")).all())
 
 
 def _ranks(described: Any) -> list[int]:

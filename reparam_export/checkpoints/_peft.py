@@ -6,7 +6,6 @@ other settings, which peft knows and the formula does not, goes through peft's o
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -178,16 +177,6 @@ def other_settings(config: Mapping[str, Any], reads: Collection[str]) -> list[st
         and not name.endswith("_dropout")
         and value not in (None, False, {}, [], "none")
     ]
-
-
-def as_matrix(tensor: Tensor) -> Tensor:
-    """A convolution's weight (out, in, *kernel) as the matrix over its patches."""
-    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
-
-
-def as_integers(tensor: Tensor) -> Tensor:
-    """Indices, which peft saves as floating point numbers on Windows."""
-    return tensor.long() if hasattr(tensor, "long") else tensor.astype("int64")
 
 
 def base_spec(source: Source) -> str | None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from reparam_export.adapters import hira
 from reparam_export.affine import Affine, Bottleneck
-from reparam_export.checkpoints import Parts, Source
-from reparam_export.checkpoints._peft import Layer, as_matrix, looked_for, of_type, read_folder
+from reparam_export.checkpoints import Parts, Source, as_matrix
+from reparam_export.checkpoints._peft import Layer, looked_for, of_type, read_folder
 
 LOOKED_FOR = looked_for("HIRA")
 READ = ("r", "rank_pattern")

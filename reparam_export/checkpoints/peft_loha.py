@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from reparam_export.adapters import loha
-from reparam_export.affine import Tensor
-from reparam_export.checkpoints import Parts, Source
+from reparam_export.checkpoints import Parts, Source, as_core
 from reparam_export.checkpoints._peft import Layer, looked_for, of_type, read_folder
 
 LOOKED_FOR = looked_for("LOHA")
@@ -20,13 +19,9 @@ def read(source: Source) -> Parts:
 
 
 def _params(layer: Layer) -> tuple[str, Any]:
-    t1, t2 = (_core(layer.take_if(f"hada_t{n}")) for n in (1, 2))
+    t1, t2 = (as_core(layer.take_if(f"hada_t{n}")) for n in (1, 2))
     a1, b1, a2, b2 = (layer.take(f"hada_w{n}_{side}") for n in (1, 2) for side in "ab")
     if t1 is not None:
         a1, a2 = a1.T, a2.T
     layer.check_rank(int(b1.shape[0]))
     return "loha", loha.Params(a1, b1, a2, b2, float(layer.own("alpha_pattern", "alpha")) / int(b1.shape[0]), t1, t2)
-
-
-def _core(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.reshape(*tensor.shape[:2], -1)

@@ -10,8 +10,8 @@ from typing import Any
 
 from reparam_export.adapters import lokr
 from reparam_export.affine import Tensor
-from reparam_export.checkpoints import Parts, Source
-from reparam_export.checkpoints._peft import Layer, as_matrix, looked_for, of_type, read_folder
+from reparam_export.checkpoints import Parts, Source, as_core, as_matrix
+from reparam_export.checkpoints._peft import Layer, looked_for, of_type, read_folder
 from reparam_export.checkpoints._peft_layers import read_layers
 
 LOOKED_FOR = looked_for("LOKR")
@@ -39,12 +39,8 @@ def _params(layer: Layer) -> tuple[str, Any]:
         if (whole is None) != (a is not None and b is not None):
             layer.take(f"lokr_{name}")  # names what is missing
     scale = float(layer.own("alpha_pattern", "alpha")) / int(layer.own("rank_pattern", "r"))
-    return "lokr", lokr.Params(scale, w1, w1_a, w1_b, _matrix(w2), w2_a, w2_b, _core(t2))
+    return "lokr", lokr.Params(scale, w1, w1_a, w1_b, _matrix(w2), w2_a, w2_b, as_core(t2))
 
 
 def _matrix(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else as_matrix(tensor)
-
-
-def _core(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.reshape(*tensor.shape[:2], -1)

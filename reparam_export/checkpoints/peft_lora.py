@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.adapters import dora, lora
 from reparam_export.affine import Affine, Bottleneck, Tensor
-from reparam_export.checkpoints import Adapter, Claim, Parts, Source
+from reparam_export.checkpoints import Adapter, Claim, Parts, Source, as_matrix
 from reparam_export.checkpoints._peft import (
     PREFIX,
     Layer,
-    as_matrix,
     check_dilation,
     looked_for,
     named,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from reparam_export.adapters import shira
-from reparam_export.checkpoints import Parts, Source
-from reparam_export.checkpoints._peft import Layer, as_integers, looked_for, of_type, read_folder
+from reparam_export.checkpoints import Parts, Source, as_integers
+from reparam_export.checkpoints._peft import Layer, looked_for, of_type, read_folder
 
 LOOKED_FOR = looked_for("SHIRA")
 READ = ("mask_type", "r", "random_seed")

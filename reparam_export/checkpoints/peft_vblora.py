@@ -9,8 +9,8 @@ from typing import Any
 
 from reparam_export.adapters import vblora
 from reparam_export.affine import Tensor
-from reparam_export.checkpoints import Parts, Source
-from reparam_export.checkpoints._peft import Layer, as_integers, looked_for, of_type, read_folder
+from reparam_export.checkpoints import Parts, Source, as_integers
+from reparam_export.checkpoints._peft import Layer, looked_for, of_type, read_folder
 
 LOOKED_FOR = looked_for("VBLORA")
 READ = (

@@ -24,6 +24,7 @@ def read(source: Source) -> Parts:
         raise FusionError(
             f"{source.path}: adapter_config.json sets {unknown[0]}={source.config[unknown[0]]!r}, which is not known"
         )
+
     def complete(module: nn.Module, adapters: Sequence[Adapter]) -> None:
         """A norm is saved with its weight and its bias. Raises TensorMismatchError."""
         for name in sorted(trained):
@@ -38,6 +39,8 @@ def read(source: Source) -> Parts:
                     )
 
     parts = parts_of(source, source.claim(), (), complete if source.config["peft_type"] == "LN_TUNING" else None)
-    trained = {n.removeprefix(PREFIX).partition(".ln_tuning_layers.")[0] for n in source.tensors if ".ln_tuning_layers." in n}
+    trained = {
+        n.removeprefix(PREFIX).partition(".ln_tuning_layers.")[0] for n in source.tensors if ".ln_tuning_layers." in n
+    }
     meant = targets(source.config) or (lambda names: [])
     return replace(parts, covers=lambda names: [name for name in meant(names) if name not in trained])
