@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.adapters import Step, inserted, kind, unfused
-from reparam_export.affine import Affine, Computed, to_dtype
+from reparam_export.affine import Affine, to_dtype
 from reparam_export.checkpoints import Adapter, Checkpoint, by_site, check_disjoint, components
 from reparam_export.errors import FusionError, ReparamError, TensorMismatchError
 from reparam_export.layouts import affine_of, layout_of, outputs_of, readers_of_weights, rows_of, site_of
@@ -138,11 +138,11 @@ def fused(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 def adapted(module: nn.Module, adapters: Sequence[Adapter], dtype: torch.dtype) -> nn.Module:
     """The unfused model in one dtype: every touched module is replaced by one that runs its kind's ``apply``.
 
-    module: a fresh base (``with_replaced``), which is changed and returned. The adapters' tensors are cast to dtype. A tensor that a
-    module reads without calling a layer takes the matrix that the unfused forward is, read out in float64.
+    module: a fresh base (``with_replaced``), which is changed and returned. The adapters' tensors are cast to dtype. A norm, and a tensor
+    that a module reads without calling a layer, take the matrix that the unfused forward is, read out in float64.
     """
     groups = by_site(adapters)
-    direct = {site for site, group in groups.items() if group[0].parameter or reads_weights(module, group[0].module)}
+    direct = {site for site, group in groups.items() if _is_direct(module, group[0])}
     spelled: dict[str, Tensor] = {}
     for site in direct:
         spelled |= _spelled(module, groups[site], spelled)
@@ -190,8 +190,7 @@ def adapted_module(name: str, module: nn.Module, adapters: Sequence[Adapter], dt
     from torch import nn as torch_nn
 
     layout = layout_of(name, module)
-    matrix = affine_of(module, layout, dtype)
-    whole = Computed(module, matrix, lambda: matrix) if layout == "norm" else matrix
+    whole = affine_of(module, layout, dtype)
     parts = [(rows, unfused(whole.rows(*rows) if rows else whole, steps)) for rows, steps in stacks(adapters, dtype)]
 
     class Adapted(torch_nn.Module):
@@ -218,6 +217,13 @@ def adapted_module(name: str, module: nn.Module, adapters: Sequence[Adapter], dt
             return outputs_of(y, layout)
 
     return Adapted()
+
+
+def _is_direct(module: nn.Module, adapter: Adapter) -> bool:
+    """Does the adapter act on a tensor, and not on what a layer is called with?"""
+    if adapter.parameter or reads_weights(module, adapter.module):
+        return True
+    return layout_of(adapter.module, module.get_submodule(adapter.module)) == "norm"
 
 
 def reads_weights(module: nn.Module, name: str) -> bool:
