@@ -7,15 +7,16 @@ the quantities are the standard ones, of Hu et al., "LoRA", 2021, section 7, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reparam_export.adapters import Kind, kind
-from reparam_export.affine import Affine, map_tensors
-from reparam_export.assembly import base_of, with_replaced
-from reparam_export.checkpoints import Adapter, Checkpoint
+from reparam_export.adapters import Step
+from reparam_export.affine import Affine
+from reparam_export.assembly import opened, stacks
+from reparam_export.checkpoints import Adapter, Checkpoint, by_site, components
 from reparam_export.fusion import Advance, touched_module
-from reparam_export.layouts import affine_of, layout_of
+from reparam_export.layouts import site_of
 
 if TYPE_CHECKING:
     from typing import Any
@@ -57,47 +58,56 @@ class BranchAnalysis:
 
 
 def analyse(checkpoint: Checkpoint, advance: Advance | None = None) -> tuple[BranchAnalysis, ...]:
-    """Every branch of every adapter, in the order of the checkpoint. advance: called with (adapters done, in all).
+    """Every branch of every adapted layer, in the order of the checkpoint. advance: called with (layers done, in all).
 
     Raises what building the base raises, and TensorMismatchError for an adapter on a module that it does not have.
     """
     import torch
 
-    module = with_replaced(base_of(checkpoint).build()[0], checkpoint)
+    module, _, checkpoint = opened(checkpoint)
+    sites = by_site(checkpoint.adapters)
     found: list[BranchAnalysis] = []
     with torch.no_grad():
-        for done, adapter in enumerate(checkpoint.adapters, 1):
-            found += analyse_adapter(module, adapter)
+        for done, adapters in enumerate(sites.values(), 1):
+            for stack in components(adapters):
+                found += analyse_stack(module, stack)
             if advance is not None:
-                advance(done, len(checkpoint.adapters))
+                advance(done, len(sites))
     return tuple(found)
 
 
-def analyse_adapter(module: nn.Module, adapter: Adapter) -> list[BranchAnalysis]:
-    """The branches of one adapter on a base model. A branch that changes nothing has zeros and no directions."""
+def analyse_stack(module: nn.Module, stack: Sequence[Adapter]) -> list[BranchAnalysis]:
+    """The branches of one adapter on a base model; of several on the same outputs, what each of them adds."""
     import torch
 
-    target = touched_module(module, adapter.module)
-    base = affine_of(target, layout_of(adapter.module, target), torch.float64)
-    part = base.rows(*adapter.rows) if adapter.rows else base
-    params = map_tensors(adapter.params, lambda t: t.to(torch.float64))
-    changes = branches_of(kind(adapter.kind), part, params)
+    target = touched_module(module, stack[0].module)
+    site = site_of(target, stack[0])
+    base = site.affine(site.of(target), torch.float64)
+    ((rows, steps),) = stacks(stack, torch.float64)
+    base = base.rows(*rows) if rows else base
+    changes = branches_of(base, steps, [a.kind for a in stack])
     total = torch.stack([*changes.values()]).sum(0)
-    own = Directions.of(part.weight)
-    found = []
-    for name, change in changes.items():
-        numbers = compare(change, total, part.weight, own)
-        found.append(BranchAnalysis(module=adapter.module, kind=adapter.kind, branch=name, **numbers))
-    return found
+    own = Directions.of(base.weight)
+    name = stack[0].site if rows is None else f"{stack[0].site}[{rows[0]}:{rows[1]}]"
+    kinds = " + ".join(a.kind for a in stack)
+    return [
+        BranchAnalysis(module=name, kind=kinds, branch=branch, **compare(change, total, base.weight, own))
+        for branch, change in changes.items()
+    ]
 
 
-def branches_of(spec: Kind, base: Affine, params: Any) -> dict[str, Tensor]:
+def branches_of(base: Affine, steps: Sequence[Step], kinds: Sequence[str]) -> dict[str, Tensor]:
     """The parts of the change of the weight (out, in) by name; one called "change" where the kind tells none apart."""
-    branches = getattr(spec, "branches", None)
-    if branches is not None:
-        found: dict[str, Tensor] = branches(base, params)
+    branches = getattr(steps[0].kind, "branches", None)
+    if len(steps) == 1 and steps[0].weight == 1 and branches is not None:
+        found: dict[str, Tensor] = branches(base, steps[0].params)
         return found
-    return {"change": spec.fuse(base, params).weight - base.weight}
+    found = {}
+    for number, step in enumerate(steps, 1):
+        after = step.fuse(base)
+        found["change" if len(steps) == 1 else f"{number}. {kinds[number - 1]}"] = after.weight - base.weight
+        base = after
+    return found
 
 
 @dataclass(frozen=True)

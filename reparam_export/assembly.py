@@ -7,14 +7,15 @@ fused()     the plain model with the fused tensors in it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.adapters import kind
-from reparam_export.affine import map_tensors
-from reparam_export.checkpoints import Adapter, Checkpoint
-from reparam_export.errors import TensorMismatchError
-from reparam_export.layouts import affine_of, layout_of, outputs_of, rows_of
-from reparam_export.models import Base, parse_input
+from reparam_export.adapters import Step, inserted, kind, unfused
+from reparam_export.affine import Affine, to_dtype
+from reparam_export.checkpoints import Adapter, Checkpoint, by_site, check_disjoint, components
+from reparam_export.errors import FusionError, ReparamError, TensorMismatchError
+from reparam_export.layouts import affine_of, layout_of, outputs_of, readers_of_weights, rows_of, site_of
+from reparam_export.models import Base, Signature, parse_input
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,43 @@ def base_of(checkpoint: Checkpoint) -> Base:
     )
 
 
+def opened(checkpoint: Checkpoint) -> tuple[nn.Module, Signature, Checkpoint]:
+    """The base with the checkpoint's whole tensors in place, its signature, and the checkpoint with its adapters on this very base."""
+    module, signature = base_of(checkpoint).build()
+    module = with_replaced(module, checkpoint)
+    return module, signature, bound(checkpoint, module)
+
+
+def bound(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
+    """The checkpoint with the adapters that are made from their base: from its names, its sizes, its numbers.
+
+    module: the base, with whole tensors in place; it is left as it is. The same base gives the same adapters.
+    Raises FusionError for what cannot be folded into it, TensorMismatchError for what does not fit.
+    """
+    import torch
+
+    if checkpoint.members:
+        from reparam_export.checkpoints._stack import stacked
+
+        members = [bound(member, module) for member in checkpoint.members]
+        return replace(stacked(members, [m.recipe.weight for m in members]), recipe=checkpoint.recipe)
+    if checkpoint.bind is None:
+        return checkpoint
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            adapters = tuple(checkpoint.bind(module))
+    except ReparamError:
+        raise
+    except Exception as error:  # of another library's code on a damaged adapter: many types, one meaning
+        raise FusionError(
+            f"{checkpoint.path}: the adapters cannot be put on this base: {type(error).__name__}: {error}; "
+            "is this the base that it was trained on?"
+        ) from error
+    check_disjoint(checkpoint.path, adapters)
+    return replace(checkpoint, adapters=adapters, bind=None)
+
+
 def place(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Put tensors under their state-dict names into the module; each takes the dtype it has. Returns the module.
 
@@ -54,7 +92,9 @@ def place(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     for name, tensor in tensors.items():
         owner, attribute = _owner(module, name)
         current = getattr(owner, attribute, None)
-        created = current is None and attribute == "bias" and hasattr(owner, "weight")
+        created = current is None and (
+            attribute in owner._parameters or (attribute == "bias" and hasattr(owner, "weight"))
+        )
         if not created and (current is None or tuple(current.shape) != tuple(tensor.shape)):
             raise TensorMismatchError(
                 f"{name}: the base has {None if current is None else tuple(current.shape)}, the checkpoint brings {tuple(tensor.shape)}",
@@ -98,17 +138,51 @@ def fused(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 def adapted(module: nn.Module, adapters: Sequence[Adapter], dtype: torch.dtype) -> nn.Module:
     """The unfused model in one dtype: every touched module is replaced by one that runs its kind's ``apply``.
 
-    module: a fresh base (``with_replaced``), which is changed and returned. The adapters' tensors are cast to dtype.
+    module: a fresh base (``with_replaced``), which is changed and returned. The adapters' tensors are cast to dtype. A norm, and a tensor
+    that a module reads without calling a layer, take the matrix that the unfused forward is, read out in float64.
     """
-    module = module.to(dtype)
-    by_module: dict[str, list[Adapter]] = {}
-    for adapter in adapters:
-        by_module.setdefault(adapter.module, []).append(adapter)
-    for name, of_module in by_module.items():
+    groups = by_site(adapters)
+    direct = {site for site, group in groups.items() if _is_direct(module, group[0])}
+    spelled: dict[str, Tensor] = {}
+    for site in direct:
+        spelled |= _spelled(module, groups[site], spelled)
+    place(module.to(dtype), {name: t.to(dtype) for name, t in spelled.items()})
+    for name, of_module in groups.items():
+        if name in direct:
+            continue
         parent_name, _, attribute = name.rpartition(".")
         parent = module.get_submodule(parent_name)
         setattr(parent, attribute, adapted_module(name, getattr(parent, attribute), of_module, dtype))
     return module.eval()
+
+
+def steps_of(adapters: Sequence[Adapter], dtype: torch.dtype, start: int = 0) -> list[Step]:
+    """The adapters of one stack on the outputs from ``start`` on, in order, their tensors in that dtype."""
+    return [
+        Step(
+            kind(a.kind),
+            to_dtype(a.params, dtype),
+            None if a.rows is None else (a.rows[0] - start, a.rows[1] - start),
+            a.weight,
+        )
+        for a in adapters
+    ]
+
+
+def reach(adapters: Sequence[Adapter]) -> tuple[int, int] | None:
+    """The outputs that a stack acts on, None for all of them."""
+    rows = [a.rows for a in adapters]
+    return None if None in rows else (min(r[0] for r in rows if r), max(r[1] for r in rows if r))
+
+
+def stacks(adapters: Sequence[Adapter], dtype: torch.dtype) -> list[tuple[tuple[int, int] | None, list[Step]]]:
+    """The adapters of one matrix as stacks on disjoint outputs: (outputs, steps); steps that act on all of them have no rows."""
+    found = []
+    for group in components(adapters):
+        rows = reach(group)
+        steps = steps_of(group, dtype, rows[0] if rows else 0)
+        found.append((rows, [replace(s, rows=None) if rows and s.rows == (0, rows[1] - rows[0]) else s for s in steps]))
+    return found
 
 
 def adapted_module(name: str, module: nn.Module, adapters: Sequence[Adapter], dtype: torch.dtype) -> nn.Module:
@@ -117,7 +191,7 @@ def adapted_module(name: str, module: nn.Module, adapters: Sequence[Adapter], dt
 
     layout = layout_of(name, module)
     whole = affine_of(module, layout, dtype)
-    cast = [(kind(a.kind), map_tensors(a.params, lambda t: t.to(dtype)), a.rows) for a in adapters]
+    parts = [(rows, unfused(whole.rows(*rows) if rows else whole, steps)) for rows, steps in stacks(adapters, dtype)]
 
     class Adapted(torch_nn.Module):
         """y = apply(x, base, p) on the adapter's rows, the base's own output on all others."""
@@ -133,17 +207,45 @@ def adapted_module(name: str, module: nn.Module, adapters: Sequence[Adapter], dt
             import torch
 
             self.calls += 1
-            rows = rows_of(x, module, layout, dtype)
+            inputs = rows_of(x, module, layout, dtype)
             y: Any = None
-            for of_kind, params, part in cast:
-                if part is None:
-                    return outputs_of(of_kind.apply(rows, whole, params), layout)
-                y = whole(rows) if y is None else y
-                inner = of_kind.apply(rows, whole.rows(*part), params)
-                y = torch.cat([y[..., : part[0]], inner, y[..., part[1] :]], dim=-1)
+            for rows, part in parts:
+                if rows is None:
+                    return outputs_of(part(inputs), layout)
+                y = whole(inputs) if y is None else y
+                y = torch.cat([y[..., : rows[0]], part(inputs), y[..., rows[1] :]], dim=-1)
             return outputs_of(y, layout)
 
     return Adapted()
+
+
+def _is_direct(module: nn.Module, adapter: Adapter) -> bool:
+    """Does the adapter act on a tensor, and not on what a layer is called with?"""
+    if adapter.parameter or reads_weights(module, adapter.module):
+        return True
+    return layout_of(adapter.module, module.get_submodule(adapter.module)) == "norm"
+
+
+def reads_weights(module: nn.Module, name: str) -> bool:
+    """May the parent of this module read its weight without calling it?"""
+    parent = module.get_submodule(name.rpartition(".")[0]) if "." in name else module
+    return isinstance(parent, readers_of_weights())
+
+
+def _spelled(module: nn.Module, adapters: Sequence[Adapter], made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one site as the unfused forward makes them, in float64. made: those of other matrices of the same stack."""
+    import torch
+
+    target = module.get_submodule(adapters[0].module)
+    site = site_of(target, adapters[0])
+    own = site.of(target)
+    whole = base = site.affine(own, torch.float64)
+    for rows, steps in stacks(adapters, torch.float64):
+        part = unfused(base.rows(*rows) if rows else base, steps)
+        whole = inserted(whole, Affine(part.weight, part.bias), rows)
+    old = made.get(site.tensor, own[site.tensor])
+    new = {site.tensor: site.put(whole, old, torch.float64, fresh=site.tensor in made)}
+    return new | {site.bias: whole.bias} if whole.bias is not None and site.bias else new
 
 
 def _owner(module: nn.Module, name: str) -> tuple[Any, str]:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.adapters import kind
-from reparam_export.affine import Affine, map_tensors, tensors_of
-from reparam_export.assembly import base_of, tied_names, with_replaced
-from reparam_export.checkpoints import Adapter, Checkpoint
+from reparam_export.adapters import fused, inserted, kind
+from reparam_export.affine import Affine, tensors_of
+from reparam_export.assembly import base_of, opened, stacks, tied_names
+from reparam_export.checkpoints import Adapter, Checkpoint, by_site
 from reparam_export.errors import CheckpointError, FusionError, SharedWeightError, TensorMismatchError
-from reparam_export.layouts import affine_of, layout_of, stored
+from reparam_export.layouts import site_of, touched
 from reparam_export.state import digest
 
 if TYPE_CHECKING:
@@ -48,6 +48,13 @@ class FusedWeights(Mapping[str, "Tensor"]):
     def __len__(self) -> int:
         return len(self.tensors)
 
+    def by_every_name(self) -> dict[str, Tensor]:
+        """The tensors, tied ones under each of their names."""
+        return {
+            **self.tensors,
+            **{alias: self.tensors[name] for alias, name in self.aliases.items() if name in self.tensors},
+        }
+
     def storage(self) -> dict[str, int]:
         """dtype -> number of tensors stored in it."""
         counts: dict[str, int] = {}
@@ -71,25 +78,27 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | No
     import torch
 
     started = time.perf_counter()
-    module = with_replaced(base_of(checkpoint).build()[0], checkpoint)
+    module, _, checkpoint = opened(checkpoint)
     storage = getattr(torch, DTYPES[dtype]) if dtype else None
     state, aliases = own_state(module)
     _check_shared(module, checkpoint)
-    _check_covered(module, checkpoint)
+    for member in checkpoint.members or (checkpoint,):
+        _check_covered(module, member)
     new: dict[str, Tensor] = {}
-    moved = False
-    modules = by_module(checkpoint)
-    for done, (name, adapters) in enumerate(modules.items(), 1):
-        folded, differs = _folded(module, name, adapters, storage)
+    moved = replaces(checkpoint)
+    sites = by_site(checkpoint.adapters)
+    for done, group in enumerate(sites.values(), 1):
+        folded, differs = _folded(module, group, new, storage)
         new |= folded
         moved = moved or differs
         if advance is not None:
-            advance(done, len(modules))
+            advance(done, len(sites))
     if not moved:
         raise FusionError(
             f"{checkpoint.path}: the adapter changes nothing: every fused weight equals the base's. "
             "It was never trained, or the training code never switched it on (as Hydra's published nlu code does)"
         )
+    new = once(new, aliases)
     tensors = {name: _cast(name, tensor, storage) for name, tensor in state.items() if name not in new} | new
     _check_finite(tensors)
     return FusedWeights(
@@ -103,14 +112,29 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | No
     )
 
 
+def replaces(checkpoint: Checkpoint) -> bool:
+    """Does a checkpoint without adapters bring tensors other than its base's?"""
+    import torch
+
+    if checkpoint.adapters:
+        return False
+    state = base_of(checkpoint).build()[0].state_dict()
+    return any(
+        name not in state or not torch.equal(state[name], tensor.to(state[name].dtype))
+        for name, tensor in checkpoint.replaced.items()
+    )
+
+
 def _folded(
-    module: nn.Module, name: str, adapters: list[Adapter], storage: torch.dtype | None
+    module: nn.Module, adapters: list[Adapter], made: Mapping[str, Tensor], storage: torch.dtype | None
 ) -> tuple[dict[str, Tensor], bool]:
-    """``fold_module``, with whatever a damaged adapter makes torch stumble over as one error."""
+    """``fold_site``, with whatever a damaged adapter makes torch stumble over as one error."""
     try:
-        return fold_module(module, name, adapters, storage)
+        return fold_site(module, adapters, made, storage)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, OverflowError, KeyError) as error:
-        raise FusionError(f"{name}: the adapter cannot be folded: {type(error).__name__}: {error}") from error
+        raise FusionError(
+            f"{adapters[0].site}: the adapter cannot be folded: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_covered(module: nn.Module, checkpoint: Checkpoint) -> None:
@@ -118,9 +142,9 @@ def _check_covered(module: nn.Module, checkpoint: Checkpoint) -> None:
 
     Raises TensorMismatchError, CheckpointError.
     """
-    names = [name for name, part in module.named_modules() if "weight" in part._parameters]
-    touched = {a.module for a in checkpoint.adapters}
-    missing = [name for name in checkpoint.covers(names) if name not in touched]
+    names = [name for name, part in module.named_modules() if part._parameters]
+    adapted = {a.module for a in checkpoint.adapters}
+    missing = [name for name in checkpoint.covers(names) if name not in adapted]
     if missing:
         raise TensorMismatchError(
             f"{checkpoint.path}: {len(missing)} module(s) that a {checkpoint.format} checkpoint adapts have no adapter in it, "
@@ -139,44 +163,34 @@ def _check_covered(module: nn.Module, checkpoint: Checkpoint) -> None:
         )
 
 
-def by_module(checkpoint: Checkpoint) -> dict[str, list[Adapter]]:
-    """The adapters of each touched module, in order."""
-    grouped: dict[str, list[Adapter]] = {}
-    for adapter in checkpoint.adapters:
-        grouped.setdefault(adapter.module, []).append(adapter)
-    return grouped
-
-
-def fold_module(
-    module: nn.Module, name: str, adapters: list[Adapter], storage: torch.dtype | None
+def fold_site(
+    module: nn.Module, adapters: list[Adapter], made: Mapping[str, Tensor], storage: torch.dtype | None
 ) -> tuple[dict[str, Tensor], bool]:
-    """The new ``name.weight`` (and ``name.bias``) of one module, and whether they differ from the old in float64."""
+    """The new tensors of one site (its weight and bias), and whether they differ from the old in float64.
+
+    made: tensors that other sites have changed already, as other experts of the same stack.
+    """
     import torch
 
+    name = adapters[0].module
     target = touched_module(module, name)
-    layout = layout_of(name, target)
-    base = affine_of(target, layout, torch.float64)
+    site = site_of(target, adapters[0])
+    own = site.of(target)
+    base = site.affine(own, torch.float64)
     whole = base
     for adapter in adapters:
-        part = base.rows(*adapter.rows) if adapter.rows else base
-        of_kind = kind(adapter.kind)
-        check_shapes(name, part, adapter)
-        folded = of_kind.fuse(part, map_tensors(adapter.params, lambda t: t.to(torch.float64)))
-        whole = _insert(whole, folded, adapter.rows)
-    if whole.bias is not None and layout == "embedding":
-        raise FusionError(f"{name}: the adapter adds a bias, and an embedding has no place for one")
-    old_weight = target.get_parameter("weight")
-    dtype = storage or old_weight.dtype
-    weight = stored(whole.weight, layout, old_weight.shape).to(dtype)
-    new = {f"{name}.weight": weight}
-    if whole.bias is not None:
-        old = getattr(target, "bias", None)
-        bias = whole.bias.to(dtype if old is None or storage else old.dtype).contiguous()
-        if old is None or base.bias is None or not torch.equal(base.bias, whole.bias):
-            new[f"{name}.bias"] = bias
-    before, after = base.bias, whole.bias
-    same_bias = before is after if before is None or after is None else torch.equal(before, after)
-    return new, not (same_bias and torch.equal(base.weight, whole.weight))
+        check_shapes(adapter.site, base.rows(*adapter.rows) if adapter.rows else base, adapter)
+    for rows, steps in stacks(adapters, torch.float64):
+        whole = inserted(whole, fused(base.rows(*rows) if rows else base, steps), rows)
+    same_bias = torch.equal(*(b if b is not None else torch.zeros(0) for b in (base.bias, whole.bias)))
+    moved = not (same_bias and torch.equal(base.weight, whole.weight))
+    old = own[site.tensor]
+    new = {site.tensor: site.put(whole, made.get(site.tensor, old), storage or old.dtype, fresh=site.tensor in made)}
+    if whole.bias is not None and not same_bias:
+        if site.bias is None:
+            raise FusionError(f"{adapters[0].site}: the adapter adds a bias, and there is no place for one")
+        new[site.bias] = whole.bias.to(storage or own.get(site.bias, old).dtype).contiguous()
+    return new, moved
 
 
 def touched_module(module: nn.Module, name: str) -> nn.Module:
@@ -225,36 +239,45 @@ def own_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_shared(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """Raises SharedWeightError where an adapter or a replaced tensor would also change another module."""
+    """Raises SharedWeightError where an adapter or a replaced tensor would also change another module.
+
+    A tensor whose owners all have an adapter, or are all replaced, is let through: they must then come out alike.
+    """
+    import torch
+
     for adapter in checkpoint.adapters:
         touched_module(module, adapter.module)
     tied = tied_names(module)
-    touched = [f"{a.module}.{part}" for a in checkpoint.adapters for part in ("weight", "bias")] + list(
-        checkpoint.replaced
+    adapted = [name for adapter in checkpoint.adapters for name in touched(adapter)]
+    for names in (adapted, list(checkpoint.replaced)):
+        for tensor in names:
+            others = tuple(o for o in tied.get(tensor, ()) if o != tensor)
+            if any(other not in names for other in others):
+                raise _shared(tensor, others, tied)
+    for tensor, value in checkpoint.replaced.items():
+        others = tuple(o for o in tied.get(tensor, ()) if not torch.equal(checkpoint.replaced[o], value))
+        if others:
+            raise _shared(tensor, others, tied)
+
+
+def _shared(tensor: str, others: tuple[str, ...], tied: Mapping[str, tuple[str, ...]]) -> SharedWeightError:
+    return SharedWeightError(
+        f"{tensor} is one tensor with {', '.join(others)}: changing it would change both. "
+        "Untie them in the base first (for a Hugging Face folder: save it with tie_word_embeddings=False)",
+        tensor=tensor,
+        owners=tied[tensor],
     )
-    for tensor in touched:
-        if tensor in tied:
-            others = tuple(o for o in tied[tensor] if o != tensor)
-            raise SharedWeightError(
-                f"{tensor} is one tensor with {', '.join(others)}: changing it would change both. "
-                "Untie them in the base first (for a Hugging Face folder: save it with tie_word_embeddings=False)",
-                tensor=tensor,
-                owners=tied[tensor],
-            )
 
 
-def _insert(whole: Affine, part: Affine, rows: tuple[int, int] | None) -> Affine:
-    if rows is None:
-        return part
+def once(new: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """The folded tensors, each tied one under the one name that holds it. Raises SharedWeightError when its owners came out different."""
     import torch
 
-    start, stop = rows
-    weight = torch.cat([whole.weight[:start], part.weight, whole.weight[stop:]])
-    if whole.bias is None and part.bias is None:
-        return Affine(weight)
-    old = whole.bias if whole.bias is not None else torch.zeros(len(weight), dtype=weight.dtype)
-    new = part.bias if part.bias is not None else torch.zeros(stop - start, dtype=weight.dtype)
-    return Affine(weight, torch.cat([old[:start], new, old[stop:]]))
+    kept = {name: tensor for name, tensor in new.items() if name not in aliases}
+    for alias, holder in aliases.items():
+        if alias in new and not torch.equal(new[alias], new[holder]):
+            raise _shared(alias, (holder,), {alias: (alias, holder)})
+    return kept
 
 
 def _cast(name: str, tensor: Tensor, storage: torch.dtype | None) -> Tensor:

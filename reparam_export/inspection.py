@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.adapters import kind
-from reparam_export.checkpoints import Checkpoint, non_finite, read, zeros
+from reparam_export.checkpoints import Checkpoint, non_finite, settings_of, zeros
 from reparam_export.errors import FusionError
 
 if TYPE_CHECKING:
@@ -22,13 +20,10 @@ if TYPE_CHECKING:
 
 def inspect_checkpoint(recipe: Recipe) -> dict[str, Any]:
     """Everything that can be said of the checkpoint without its base. JSON types. Raises CheckpointError."""
-    given = asdict(recipe)
-    given.pop("dtype")
-    path, base = given.pop("checkpoint"), given.pop("base")
     try:
-        checkpoint = read(path, base, inspecting=True, **given)
+        checkpoint = recipe.read(inspecting=True)
     except FusionError as error:
-        return {"path": path, "foldable": False, "reasons": [str(error)]}
+        return {"path": recipe.checkpoint, "foldable": False, "reasons": [str(error)]}
     missing = [{"setting": m.setting, "found_in": m.found_in, "option": m.option} for m in checkpoint.missing]
     if checkpoint.base is None:
         missing.append(
@@ -92,10 +87,10 @@ def show_analysis(console: Console, branches: Sequence[BranchAnalysis]) -> None:
 def _adapter(checkpoint: Checkpoint, index: int) -> dict[str, Any]:
     adapter = checkpoint.adapters[index]
     return {
-        "module": adapter.module,
+        "module": adapter.site,
         "kind": adapter.kind,
         "rows": None if adapter.rows is None else list(adapter.rows),
-        "settings": kind(adapter.kind).describe(adapter.params),
+        "settings": settings_of(adapter),
     }
 
 

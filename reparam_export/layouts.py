@@ -4,30 +4,114 @@ linear       nn.Linear (and subclasses)   weight (out, in)
 transposed   transformers' Conv1D         weight (in, out)
 embedding    nn.Embedding                 weight (in, out); input rows are one-hot
 conv         nn.Conv1d/2d/3d, groups 1    weight (out, in, *kernel); input rows are patches
+norm         nn.LayerNorm, batch norms    weight (out,); each output is a number of its own times its weight, so in is 1
+
+A ``Site`` is one matrix that adapters act on: the weight of such a layer, or a tensor that a module reads directly.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from reparam_export.affine import Affine
+from reparam_export.checkpoints import Adapter
 from reparam_export.errors import FusionError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-Layout = Literal["linear", "transposed", "embedding", "conv"]
+Layout = Literal["linear", "transposed", "embedding", "conv", "norm"]
+BIAS_OF = {"weight": "bias", "in_proj_weight": "in_proj_bias"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where one matrix and its bias are: names in the state dict, how the tensor stores the matrix, which one of a stack."""
+
+    module: str
+    tensor: str
+    bias: str | None  # None: there is no place for one
+    layout: Layout
+    expert: int | None = None
+
+    def affine(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Affine:
+        """The map that tensors of these names hold, cast to dtype when one is given."""
+        whole = tensors[self.tensor].detach()
+        weight = matrix(whole if self.expert is None else whole[self.expert], self.layout)
+        bias = tensors.get(self.bias) if self.bias else None
+        cast = (None if t is None else t.detach() if dtype is None else t.detach().to(dtype) for t in (weight, bias))
+        return Affine(*cast)
+
+    def of(self, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors of this site by name, in the module that it was made for."""
+        found = {self.tensor: getattr(module, self.tensor.rpartition(".")[2])}
+        bias = None if self.bias is None else getattr(module, self.bias.rpartition(".")[2], None)
+        return found if bias is None or self.bias is None else found | {self.bias: bias}
+
+    def put(self, new: Affine, old: Tensor, dtype: torch.dtype, *, fresh: bool = False) -> Tensor:
+        """The tensor ``old`` with this matrix in it, rounded once to dtype. fresh: ``old`` is a copy that may be changed."""
+        old = old.detach()
+        if self.expert is None:
+            return stored(new.weight, self.layout, old.shape).to(dtype)
+        whole = old if fresh else old.to(dtype, copy=True)
+        whole[self.expert] = stored(new.weight, self.layout, old[self.expert].shape).to(dtype)
+        return whole
+
+
+def site_of(module: nn.Module, adapter: Adapter) -> Site:
+    """The site of an adapter on this module. Raises FusionError when its tensor is not a plain matrix."""
+    name = adapter.module
+    if adapter.parameter is None:
+        layout = layout_of(name, module)
+        return Site(name, f"{name}.weight", f"{name}.bias" if hasattr(module, "bias") else None, layout)
+    tensor = module._parameters.get(adapter.parameter)
+    wanted = 2 if adapter.expert is None else 3
+    if tensor is None or tensor.ndim != wanted or not tensor.is_floating_point():
+        raise FusionError(
+            f"{adapter.site}: expected a parameter {adapter.parameter} of {wanted} dimensions on a {type(module).__name__}; found "
+            f"{'none' if tensor is None else f'{tensor.dtype} {tuple(tensor.shape)}'}"
+        )
+    if adapter.expert is not None and adapter.expert >= len(tensor):
+        raise FusionError(f"{adapter.site}: {name}.{adapter.parameter} is a stack of {len(tensor)} matrices")
+    layout = "transposed" if adapter.expert is not None and getattr(module, "is_transposed", False) else "linear"
+    bias = BIAS_OF.get(adapter.parameter)
+    return Site(
+        name,
+        f"{name}.{adapter.parameter}",
+        f"{name}.{bias}" if bias and hasattr(module, bias) else None,
+        layout,
+        adapter.expert,
+    )
+
+
+def readers_of_weights() -> tuple[type[nn.Module], ...]:
+    """Modules that may read a child's weight without calling the child."""
+    from torch import nn
+
+    return (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def touched(adapter: Adapter) -> tuple[str, ...]:
+    """Names of the tensors that an adapter may change or create."""
+    tensor = adapter.parameter or "weight"
+    return tuple(f"{adapter.module}.{part}" for part in (tensor, BIAS_OF.get(tensor)) if part)
 
 
 def layout_of(name: str, module: nn.Module) -> Layout:
     """The layout of a module. Raises FusionError when its weight is not a plain matrix (quantized, grouped, other)."""
     from torch import nn
 
-    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    norms = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, *norms)
     plain = next((k for k in kinds if isinstance(module, k)), None)
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     own = plain is not None and type(module).forward is not plain.forward
+    if plain is nn.LayerNorm and own:  # timm's has a forward of its own
+        own = not _scales_and_shifts(module)
     if "weight" not in module._parameters or hooks or own or getattr(module, "max_norm", None) is not None:
         raise FusionError(
             f"{name}: a {type(module).__name__} whose forward is not the plain map of its weight "
@@ -47,15 +131,33 @@ def layout_of(name: str, module: nn.Module) -> Layout:
                 "cannot be folded; only groups=1 and zero padding can"
             )
         return "conv"
+    if plain in norms and module._parameters["weight"] is not None:
+        return "norm"
     raise FusionError(
         f"{name}: the adapter sits on a {type(module).__name__}, which holds no plain weight matrix; "
         "expected Linear, Conv1D, Conv or Embedding"
     )
 
 
+def _scales_and_shifts(norm: nn.Module) -> bool:
+    """Is the forward of this kind of nn.LayerNorm x^ * weight + bias, with x^ independent of both?"""
+    import torch
+
+    norm = copy.deepcopy(norm).double().eval()
+    weight, bias = norm.get_parameter("weight"), norm._parameters.get("bias")
+    x = torch.randn((2, len(weight)), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = norm(x)
+        norm.weight = torch.nn.Parameter(torch.ones_like(weight))
+        if bias is not None:
+            norm.bias = torch.nn.Parameter(torch.zeros_like(bias))
+        expected = norm(x) * weight + (0 if bias is None else bias)
+    return bool(torch.allclose(found, expected, rtol=1e-12, atol=1e-12))
+
+
 def matrix(weight: Tensor, layout: Layout) -> Tensor:
     """The stored weight as a matrix (out, in); a view where the layout allows."""
-    if layout == "conv":
+    if layout in ("conv", "norm"):
         return weight.reshape(weight.shape[0], -1)
     return weight.T if layout in ("transposed", "embedding") else weight
 

@@ -34,5 +34,6 @@ def load(folder: str, name: str) -> ModuleType:
     return importlib.import_module(f"reparam_export.{folder}.{name}")
 
 
+@cache
 def _entry_points(folder: str) -> importlib.metadata.EntryPoints:
     return importlib.metadata.entry_points(group=f"reparam_export.{folder}")

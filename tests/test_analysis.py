@@ -12,7 +12,7 @@ from torch import nn
 
 from reparam_export.adapters import hydra, lora, plugins
 from reparam_export.affine import Affine, Bottleneck
-from reparam_export.analysis import BranchAnalysis, analyse, analyse_adapter
+from reparam_export.analysis import BranchAnalysis, analyse, analyse_stack
 from reparam_export.checkpoints import Adapter
 
 G = torch.Generator().manual_seed(0)
@@ -26,7 +26,7 @@ def one(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False).double()
     layer.weight = nn.Parameter(weight, requires_grad=False)
     params = lora.Params(Bottleneck(Affine(down), Affine(up)), scale)
-    (found,) = analyse_adapter(nn.ModuleDict({"layer": layer}), Adapter("layer", "lora", params))
+    (found,) = analyse_stack(nn.ModuleDict({"layer": layer}), [Adapter("layer", "lora", params)])
     return found
 
 
@@ -78,7 +78,7 @@ def test_the_sequential_branch_of_hydra_is_taken_through_the_weight() -> None:
     layer.weight = nn.Parameter(weight, requires_grad=False)
     pairs = [Bottleneck(Affine(rand(2, n), rand(2)), Affine(rand(8, 2), rand(8))) for n in (5, 8)]
     params = hydra.Params(*pairs, 0.5, torch.tensor([2.0], dtype=torch.float64))
-    found = analyse_adapter(nn.ModuleDict({"layer": layer}), Adapter("layer", "hydra", params))
+    found = analyse_stack(nn.ModuleDict({"layer": layer}), [Adapter("layer", "hydra", params)])
     assert [f.branch for f in found] == ["parallel", "sequential"]
     P = 0.5 * pairs[0].up.weight @ pairs[0].down.weight  # noqa: N806
     S = 2.0 * pairs[1].up.weight @ pairs[1].down.weight @ weight  # noqa: N806

@@ -74,3 +74,10 @@ def drawn(tensor: Tensor, init: str) -> Tensor:
     if init == "normal":
         return nn.init.normal_(tensor, std=0.02)
     raise UsageError(f"init {init!r}: expected one of {', '.join(INITS)}")
+
+
+def parts(what: str, size: int, count: int) -> int:
+    """The size of each of ``count`` equal parts. Raises UsageError when there are none."""
+    if count < 1 or size % count:
+        raise UsageError(f"{what} {count}: expected a whole number that divides {size}, the size of the layer")
+    return size // count

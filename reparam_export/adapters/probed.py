@@ -7,49 +7,62 @@ x, y of several sizes, no dependence on batch or position, the same answer twice
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from reparam_export.affine import Affine, Tensor, map_tensors
+from reparam_export.affine import Affine, Tensor, read_out, to_dtype
 from reparam_export.errors import NotAffineError
-
-CHUNK = 512  # unit vectors pushed through at a time
+from reparam_export.float64 import pure_float64
 
 
 @dataclass(frozen=True)
 class Params:
-    module: Any  # nn.Module: rows (..., in) -> (..., out); it holds its own base layer
+    """module: nn.Module that holds its own base layer. takes: "linear": rows (..., in) -> (..., out); "embedding": ids; "conv": images.
+
+    stride and padding of the image are those of ``window``, the plain convolution inside; the kind's rows are its patches.
+    """
+
+    module: Any
     name: str = "module"
+    takes: str = "linear"
+    window: Any = None
+    copies: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # the module in other dtypes
 
 
 def apply(x: Tensor, base: Affine, p: Params) -> Tensor:
-    import torch
-
-    module = copy.deepcopy(p.module).to(x.dtype).eval()
-    with torch.no_grad():
-        return module(x)
+    with _exactly(x.dtype):
+        return _on_rows(p, x.dtype)(x)
 
 
 def fuse(base: Affine, p: Params) -> Affine:
     import torch
 
-    module = copy.deepcopy(p.module).double().eval()
-    with torch.no_grad():
-        deviation, allowed = affinity(module, base.in_features)
-        if not deviation <= allowed:
-            raise NotAffineError(
-                f"{p.name}: {type(p.module).__name__} is not an affine map: f(x + y) - f(y) and f(x) - f(0) differ by "
-                f"{deviation:.1e} of the output, at most {allowed:.1e} is rounding; it gates, routes or activates and "
-                "cannot be folded",
-                modules=(p.name,),
-                reason=f"deviation {deviation:.1e} > {allowed:.1e}",
-            )
-        probed = _probe(module, base.in_features)
-        return map_tensors(probed, lambda t: t.to(base.weight.dtype))
+    with _exactly(torch.float64):
+        call = _on_rows(p, torch.float64)
+        if p.takes != "embedding":  # a table is linear in one-hot rows whatever is in it
+            check_affine(call, base.in_features, p)
+        probed = read_out(call, base.in_features, torch.float64)
+    bias: Any = probed.bias
+    return to_dtype(Affine(probed.weight, bias if bool((bias != 0).any()) else None), base.weight.dtype)
 
 
-def affinity(module: Any, in_features: int, seed: int = 0) -> tuple[float, float]:
-    """How far a float64 module is from affine, and how far rounding may take it; both relative to the output's size.
+def check_affine(call: Callable[[Tensor], Tensor], in_features: int, p: Params) -> None:
+    """Raises NotAffineError that names the module."""
+    deviation, allowed = affinity(call, in_features)
+    if not deviation <= allowed:
+        raise NotAffineError(
+            f"{p.name}: {type(p.module).__name__} is not an affine map: f(x + y) - f(y) and f(x) - f(0) differ by "
+            f"{deviation:.1e} of the output, at most {allowed:.1e} is rounding; it gates, routes or activates and "
+            "cannot be folded",
+            modules=(p.name,),
+            reason=f"deviation {deviation:.1e} > {allowed:.1e}",
+        )
+
+
+def affinity(call: Callable[[Tensor], Tensor], in_features: int, seed: int = 0) -> tuple[float, float]:
+    """How far a float64 function of rows is from affine, and how far rounding may take it; both relative to the output's size.
 
     The allowance is that of a module which computes in float32 inside: in_features * 2**-24.
     """
@@ -59,14 +72,14 @@ def affinity(module: Any, in_features: int, seed: int = 0) -> tuple[float, float
     deviation = 0.0
     for size in (1.0, 1e-2, 1e2):
         x, y = (size * torch.randn(4, 3, in_features, generator=generator, dtype=torch.float64) for _ in range(2))
-        zero = module(torch.zeros_like(x))
-        parts = module(x + y), module(y), module(x), zero
+        zero = call(torch.zeros_like(x))
+        parts = call(x + y), call(y), call(x), zero
         scale = max(float(part.abs().max()) for part in parts)
         gaps = (
             parts[0] - parts[1] - (parts[2] - zero),
-            module(x[2:3, 1:2]) - parts[2][2:3, 1:2],  # alone, or in a batch at some position
+            call(x[2:3, 1:2]) - parts[2][2:3, 1:2],  # alone, or in a batch at some position
             zero - zero[:1, :1],
-            module(x) - parts[2],
+            call(x) - parts[2],
         )
         worst = max(float(gap.abs().max()) for gap in gaps)
         deviation = max(deviation, worst / scale if scale > 0 else worst)
@@ -98,14 +111,48 @@ def describe(p: Params) -> dict[str, Any]:
     return {"module": type(p.module).__name__}
 
 
-def _probe(module: Any, in_features: int) -> Affine:
+def _on_rows(p: Params, dtype: Any) -> Callable[[Tensor], Tensor]:
+    """The module in that dtype, in eval mode, as a function of rows (..., in) -> (..., out)."""
     import torch
 
-    bias = module(torch.zeros(1, in_features, dtype=torch.float64))[0]
-    columns = []
-    for start in range(0, in_features, CHUNK):
-        stop = min(start + CHUNK, in_features)
-        unit = torch.zeros(stop - start, in_features, dtype=torch.float64)
-        unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
-        columns.append(module(unit) - bias)
-    return Affine(torch.cat(columns).T.contiguous(), bias if bool((bias != 0).any()) else None)
+    if dtype not in p.copies:
+        p.copies[dtype] = copy.deepcopy(p.module).to(dtype).eval()
+    module = p.copies[dtype]
+    if p.takes == "linear":
+        return lambda x: module(x)
+    if p.takes == "embedding":
+        return lambda x: x @ module(torch.arange(x.shape[-1])).to(dtype)
+    return lambda x: _on_patches(module, p.window, x)
+
+
+def _on_patches(module: Any, window: Any, x: Tensor) -> Tensor:
+    """A convolution on patches (..., channels * kernel): each lies alone in an image where one output sees it, and nothing else."""
+    kernel, stride, dilation = window.kernel_size, window.stride, window.dilation
+    padding = window._reversed_padding_repeated_twice[-2::-2]  # before each axis, the first axis first
+    place = [
+        -(-pad // step) for pad, step in zip(padding, stride, strict=True)
+    ]  # the first output that sees no padding
+    start = [at * step - pad for at, step, pad in zip(place, stride, padding, strict=True)]
+    extent = [(size - 1) * gap + 1 for size, gap in zip(kernel, dilation, strict=True)]
+    images = x.new_zeros(x[..., 0].numel(), window.in_channels, *(s + e for s, e in zip(start, extent, strict=True)))
+    spots = tuple(slice(s, s + e, gap) for s, e, gap in zip(start, extent, dilation, strict=True))
+    images[(slice(None), slice(None), *spots)] = x.reshape(len(images), window.in_channels, *kernel)
+    return module(images)[(slice(None), slice(None), *place)].reshape(*x.shape[:-1], -1)
+
+
+@contextmanager
+def _exactly(dtype: Any) -> Iterator[None]:
+    """No gradients; float64 stays float64 inside, also in constants that a layer makes in torch's default dtype."""
+    import torch
+
+    default = torch.get_default_dtype()
+    with torch.no_grad():
+        if dtype != torch.float64:
+            yield
+            return
+        torch.set_default_dtype(torch.float64)
+        try:
+            with pure_float64():
+                yield
+        finally:
+            torch.set_default_dtype(default)

@@ -11,28 +11,59 @@ skipped. A format is a module with
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from reparam_export import plugins
 from reparam_export.adapters import kind
-from reparam_export.affine import Tensor, map_tensors, tensors_of
-from reparam_export.checkpoints._settings import Settings, read_settings
-from reparam_export.errors import CheckpointError, MissingSettingError, TensorMismatchError, UnknownFormatError
-from reparam_export.files import (
-    PICKLES,
-    flat_tensors,
-    load_pickle,
-    load_safetensors,
-    read_json,
-    sha256,
+from reparam_export.affine import Tensor
+from reparam_export.checkpoints._checks import (
+    by_site,
+    check,
+    check_disjoint,
+    check_finite,
+    components,
+    non_finite,
+    zeros,
 )
+from reparam_export.checkpoints._settings import read_settings
+from reparam_export.checkpoints._source import NATIVE, Claim, Source, as_core, as_integers, as_matrix, open_source
+from reparam_export.errors import CheckpointError, MissingSettingError, UnknownFormatError
+from reparam_export.files import sha256
 
-NATIVE = "reparam-export/1"
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "NATIVE",
+    "Adapter",
+    "Bind",
+    "Checkpoint",
+    "Claim",
+    "Covers",
+    "Format",
+    "Parts",
+    "Recipe",
+    "Source",
+    "Unbound",
+    "as_core",
+    "as_integers",
+    "as_matrix",
+    "by_site",
+    "check_disjoint",
+    "check_finite",
+    "components",
+    "non_finite",
+    "open_source",
+    "read",
+    "recognise",
+    "settings_of",
+    "siblings",
+    "unnumbered",
+    "zeros",
+]
 
 
 @dataclass(frozen=True)
@@ -40,16 +71,36 @@ class Adapter:
     """One adapter on one module of the base.
 
     module: dotted name; params: the kind's ``Params``; rows: the outputs it acts on (start, stop), as for one of q, k, v in a packed
-    projection; None: all of them.
+    projection; None: all of them. parameter: the module's tensor that it changes, where that is read directly and not through a
+    plain layer's forward (``in_proj_weight`` of an nn.MultiheadAttention, the weights of experts); expert: which matrix of a stack.
+    weight: how much of its change is kept, where several adapters are put on one base.
     """
 
     module: str
     kind: str
     params: Any
     rows: tuple[int, int] | None = None
+    parameter: str | None = None
+    expert: int | None = None
+    weight: float = 1.0
+
+    @property
+    def site(self) -> str:
+        """The matrix it acts on: module, its tensor unless that is the weight of a layer, and the number in a stack."""
+        tensor = f"{self.module}.{self.parameter}" if self.parameter else self.module
+        return tensor if self.expert is None else f"{tensor}[{self.expert}]"
+
+
+@dataclass(frozen=True)
+class Unbound:
+    """Stands for the Params of an adapter that is made when its base is there: what the checkpoint itself says of it."""
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
 
 
 Covers = Callable[[Sequence[str]], list[str]]  # names of a base's modules -> those that must have an adapter
+Bind = Callable[["nn.Module"], "Sequence[Adapter]"]  # the base, with whole tensors in place -> the adapters on it
 
 
 @dataclass(frozen=True)
@@ -64,15 +115,26 @@ class Recipe:
     candidate: int = 0
     inputs: tuple[str, ...] = ()
     dtype: str | None = None
+    weight: float = 1.0  # of this checkpoint in a stack
+    others: tuple[Recipe, ...] = ()  # the rest of the stack, in the order they act
 
-    def read(self) -> Checkpoint:
-        """The checkpoint. Raises CheckpointError and its kin."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("checkpoint", "dtype")}
-        return read(self.checkpoint, **given)
+    def read(self, *, inspecting: bool = False) -> Checkpoint:
+        """The checkpoint, with the others on top of it. Raises CheckpointError and its kin."""
+        own = ("checkpoint", "dtype", "weight", "others")
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        checkpoint = read(self.checkpoint, inspecting=inspecting, **given)
+        if not self.others and self.weight == 1:
+            return checkpoint
+        from reparam_export.checkpoints._stack import stacked
+
+        weights = [recipe.weight for recipe in (self, *self.others)]
+        return stacked([checkpoint, *(other.read(inspecting=inspecting) for other in self.others)], weights)
 
     def digests(self) -> dict[str, str]:
         """sha256 of every file the result depends on."""
         files = [self.checkpoint, *self.config, *([self.base_weights] if self.base_weights else [])]
+        for other in self.others:
+            files += other.digests()
         scheme, _, argument = (self.base or "").partition(":")
         place = Path(argument.rpartition(":")[0] if scheme == "py" else argument.partition("?")[0])
         if scheme in ("hf", "py") and place.exists():
@@ -91,68 +153,9 @@ class Parts:
     base_state: Mapping[str, Tensor] = field(default_factory=dict)  # the whole base, where the checkpoint carries it
     notes: tuple[str, ...] = ()
     covers: Covers | None = None  # which of a base's modules must be adapted; None: all alike those that are
-
-
-@dataclass(frozen=True)
-class Source:
-    """One opened checkpoint. ``tensors`` in file order; ``content`` the whole object of our own format."""
-
-    path: Path
-    file: Path
-    tensors: Mapping[str, Tensor]
-    config: Mapping[str, Any]
-    metadata: Mapping[str, str]
-    content: Mapping[str, Any]
-    settings: Settings
-    base_given: bool
-
-    def claim(self) -> Claim:
-        """All tensors, to be taken one by one; what is not taken is an error."""
-        return Claim(self.path, dict(self.tensors))
-
-
-class Claim:
-    """Tensors that a reader has to account for, every one of them."""
-
-    def __init__(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        self._path, self._left = path, tensors
-
-    def take(self, name: str) -> Tensor:
-        """Raises TensorMismatchError when it is not there."""
-        if name not in self._left:
-            module, _, tensor = name.rpartition(".")
-            raise TensorMismatchError(
-                f"{self._path}: tensor {name} is missing; the adapter on {module} needs it",
-                module=module,
-                tensor=tensor,
-                expected=name,
-                found=None,
-            )
-        return self._left.pop(name)
-
-    def take_if(self, name: str) -> Tensor | None:
-        return self._left.pop(name, None)
-
-    def take_all(self, wanted: Any) -> dict[str, Tensor]:
-        """Every remaining tensor whose name satisfies ``wanted``."""
-        return {name: self._left.pop(name) for name in list(self._left) if wanted(name)}
-
-    def names(self) -> list[str]:
-        return list(self._left)
-
-    def finish(self) -> None:
-        """Raises TensorMismatchError when anything was left over."""
-        if self._left:
-            name = next(iter(self._left))
-            module, _, tensor = name.rpartition(".")
-            raise TensorMismatchError(
-                f"{self._path}: {len(self._left)} tensor(s) that belong to no adapter and no head, first {name} "
-                f"{tuple(self._left[name].shape)}; nothing may be left over, because a dropped tensor changes the model",
-                module=module,
-                tensor=tensor,
-                expected=None,
-                found=tuple(self._left[name].shape),
-            )
+    bind: Bind | None = (
+        None  # where the adapters need the base (its names, its sizes, its numbers): makes them; ``adapters`` stand for them
+    )
 
 
 @dataclass(frozen=True)
@@ -176,14 +179,15 @@ class Checkpoint:
     covers: Covers
     positional: bool
     missing: tuple[MissingSettingError, ...] = ()
+    bind: Bind | None = None  # the adapters of this base, where ``adapters`` only stand for them
+    members: tuple[Checkpoint, ...] = ()  # of a stack, in the order they act
 
     def describe(self) -> dict[str, Any]:
         """What ``inspect`` shows and ``fused.json`` records. JSON types."""
         kinds: dict[str, int] = {}
         for adapter in self.adapters:
             kinds[adapter.kind] = kinds.get(adapter.kind, 0) + 1
-        described = [kind(a.kind).describe(a.params) for a in self.adapters]
-        ranks = sorted({r for d in described for r in _ranks(d)})
+        ranks = sorted({r for adapter in self.adapters for r in _ranks(settings_of(adapter))})
         return {
             "path": str(self.path),
             "sha256": self.sha256,
@@ -194,7 +198,18 @@ class Checkpoint:
             "settings": dict(self.settings),
             "files": [str(f) for f in self.files],
             "notes": list(self.notes),
+            "stack": [
+                {"path": str(m.path), "sha256": m.sha256, "format": m.format, "weight": m.recipe.weight}
+                for m in self.members
+            ],
         }
+
+
+def settings_of(adapter: Adapter) -> dict[str, Any]:
+    """What a reader wants to see of an adapter: its rank, its scale."""
+    if isinstance(adapter.params, Unbound):
+        return adapter.params.settings
+    return kind(adapter.kind).describe(adapter.params)
 
 
 class Format(Protocol):
@@ -228,9 +243,9 @@ def read(
     name, fmt = recognise(source)
     parts = _read(fmt, source)
     given.check_all_used(name)
-    _check(source.path, parts)
+    check(source.path, parts)
     if not inspecting:
-        check_finite(parts, source.path)
+        check_finite(source.path, parts)
     return Checkpoint(
         path=source.path,
         format=name,
@@ -257,6 +272,7 @@ def read(
         covers=parts.covers or siblings(parts.adapters),
         positional=given.positional,
         missing=tuple(given.missing),
+        bind=parts.bind,
     )
 
 
@@ -290,27 +306,6 @@ def _read(fmt: Format, source: Source) -> Parts:
         ) from error
 
 
-def open_source(path: Path, settings: Settings, *, base_given: bool, numpy: bool) -> Source:
-    """Open a file, or the weights and configuration of a folder. Raises CheckpointError."""
-    file = _weights_file(path)
-    beside = file.parent if path.is_file() else path
-    config: dict[str, Any] = {}
-    for name in ("adapter_config.json", "config.json"):
-        if not config and (beside / name).is_file():
-            config = read_json(beside / name)
-    content: Mapping[str, Any] = {}
-    metadata: dict[str, str] = {}
-    if file.suffix == ".safetensors":
-        tensors, metadata = load_safetensors(file, numpy=numpy)
-    else:
-        loaded = load_pickle(file)
-        if isinstance(loaded, Mapping) and loaded.get("format") == NATIVE:
-            content, tensors = loaded, {}
-        else:
-            tensors = flat_tensors(file, loaded)
-    return Source(path, file, tensors, config, metadata, content, settings, base_given)
-
-
 def recognise(source: Source) -> tuple[str, Format]:
     """The format that accepts the source. Raises UnknownFormatError that lists what each format looked for."""
     formats = {name: cast(Format, plugins.load("checkpoints", name)) for name in plugins.names("checkpoints")}
@@ -325,83 +320,6 @@ def recognise(source: Source) -> tuple[str, Format]:
         path=str(source.path),
         looked_for=looked_for,
     )
-
-
-def _weights_file(path: Path) -> Path:
-    if path.is_file():
-        if path.name.endswith((*PICKLES, ".safetensors")):
-            return path
-        raise CheckpointError(
-            f"{path}: expected {', '.join(PICKLES)}, .safetensors or a PEFT folder, found the ending {path.suffix or '(none)'}"
-        )
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
-    for name in ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return path / name
-    raise CheckpointError(
-        f"{path}: the folder holds no adapter_model.safetensors, adapter_model.bin, model.safetensors or pytorch_model.bin"
-    )
-
-
-def _check(path: Path, parts: Parts) -> None:
-    """No two adapters on the same outputs of one module, and at least one adapter."""
-    if not parts.adapters:
-        raise CheckpointError(f"{path}: holds no adapter")
-    seen: dict[str, list[tuple[int, float]]] = {}
-    for adapter in parts.adapters:
-        start, stop = adapter.rows or (0, float("inf"))
-        for other_start, other_stop in seen.setdefault(adapter.module, []):
-            if start < other_stop and other_start < stop:
-                raise CheckpointError(f"{path}: two adapters act on the same outputs of {adapter.module}")
-        seen[adapter.module].append((start, stop))
-
-
-def check_finite(parts: Parts | Checkpoint, path: Path | str = "") -> None:
-    """Every tensor is dense, of a usable dtype and finite. Raises CheckpointError."""
-    for name, tensor in _named(parts):
-        real = any(str(tensor.dtype).endswith(kind) for kind in ("float16", "float32", "float64"))  # bfloat16 too
-        if not real and not (name in parts.replaced and "int" in str(tensor.dtype)):
-            raise CheckpointError(f"{path}: {name} is {tensor.dtype}; expected 16, 32 or 64 bit floating point numbers")
-        if hasattr(tensor, "is_meta") and (tensor.is_meta or tensor.is_sparse or tensor.is_quantized):
-            raise CheckpointError(f"{path}: {name} is not a plain dense tensor")
-    for adapter in parts.adapters:
-        where = f"{path}: {adapter.module}"
-        map_tensors(adapter.params, lambda t: t, partial(_finite_number, where))
-    bad = non_finite(parts)
-    if bad:
-        raise CheckpointError(
-            f"{path}: {len(bad)} tensor(s) hold NaN or infinity, first {bad[0]}; this training run diverged"
-        )
-
-
-def non_finite(parts: Parts | Checkpoint) -> list[str]:
-    """Names of tensors with a NaN or an infinity."""
-    return [name for name, tensor in _named(parts) if not _finite(tensor)]
-
-
-def zeros(parts: Parts | Checkpoint) -> list[str]:
-    """Names of adapter tensors that are zero throughout."""
-    return [
-        name
-        for name, t in _named(parts)
-        if name not in parts.replaced and 0 not in t.shape and not bool((t != 0).any())
-    ]
-
-
-def _named(parts: Parts | Checkpoint) -> list[tuple[str, Tensor]]:
-    adapters = [(f"{a.module}: {name}", t) for a in parts.adapters for name, t in tensors_of(a.params).items()]
-    return [*adapters, *parts.replaced.items()]
-
-
-def _finite_number(where: str, number: float) -> float:
-    if number != number or abs(number) > sys.float_info.max:
-        raise CheckpointError(f"{where}: {number} is no usable scale")
-    return number
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool((tensor == tensor).all()) and bool((abs(tensor) != float("inf")).all())
 
 
 def _ranks(described: Any) -> list[int]:

@@ -165,11 +165,11 @@ def graph_differences(model: VerifiedModel, fused: Path, scratch: Path, options:
     """Differences of the exported graph from that of the exported base (with zeros where folding created a bias)."""
     import torch
 
-    from reparam_export.assembly import base_of, with_replaced
     from reparam_export.assembly import fused as assembled
+    from reparam_export.assembly import opened
     from reparam_export.exporters.onnx import differences
 
-    base = with_replaced(base_of(model.checkpoint).build()[0], model.checkpoint)
+    base = opened(model.checkpoint)[0]
     zeros = {name: torch.zeros_like(model.weights[name]) for name in model.weights.created}
     path = scratch / "base" / "model.onnx"
     path.parent.mkdir()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam_export.affine import Affine, map_tensors
-from reparam_export.assembly import base_of, with_replaced
+from reparam_export.assembly import opened
 from reparam_export.checkpoints import NATIVE, Checkpoint, read
 from reparam_export.checkpoints.native import BASES, to_plain
 from reparam_export.errors import UsageError
@@ -70,18 +70,21 @@ def load(
 
     base, base_weights, options: as of ``reparam_export.read``. In eval mode; adapters, and the tensors that the checkpoint
     brought whole, are trainable, all else is frozen.
-    Raises CheckpointError and its kin, UsageError for an adapter that cannot be attached (part of a packed layer).
+    Raises CheckpointError and its kin, UsageError for an adapter that cannot be attached (on part of a packed layer, or in a stack).
     """
     return attached_model(read(path, base, base_weights=base_weights, **options))
 
 
 def attached_model(checkpoint: Checkpoint, made: type[Attached] = Attached) -> nn.Module:
-    """A checkpoint as a model with live adapters. Raises UsageError for one on rows of a packed layer."""
-    model = with_replaced(base_of(checkpoint).build()[0], checkpoint)
+    """A checkpoint as a model with live adapters. Raises UsageError for one on part of a layer, or in a stack."""
+    model, _, checkpoint = opened(checkpoint)
     layers = {}
     for adapter in checkpoint.adapters:
-        if adapter.rows is not None or adapter.module in layers:
-            raise UsageError(f"{adapter.module}: an adapter on part of a layer cannot be attached; fuse it first")
+        whole = adapter.rows is None and adapter.parameter is None and adapter.weight == 1
+        if not whole or adapter.module in layers:
+            raise UsageError(
+                f"{adapter.site}: an adapter on part of a layer, or on top of another one, cannot be attached; fuse it first"
+            )
         params = map_tensors(adapter.params, torch.clone)
         layers[adapter.module] = attached_layer(model, adapter.module, adapter.kind, partial(_same, params), made=made)
     put(model, layers)

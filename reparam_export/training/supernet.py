@@ -133,7 +133,7 @@ def load_supernet(
     for missing in checkpoint.missing:
         if missing.setting != "paths":
             raise missing
-    check_finite(checkpoint)
+    check_finite(checkpoint.path, checkpoint)
     stored = int(checkpoint.adapters[0].params.Ad.shape[1])
     return as_supernet(attached_model(checkpoint, made=Sampled), ranks or (stored,), seed)
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reparam_export.assembly import adapted, base_of, fused, with_replaced
-from reparam_export.checkpoints import Checkpoint
+from reparam_export.assembly import adapted, base_of, fused, opened
+from reparam_export.checkpoints import Adapter, Checkpoint, by_site, components
 from reparam_export.errors import EquivalenceError
-from reparam_export.fusion import DTYPES, Advance, FusedWeights, by_module, own_state, touched_module
-from reparam_export.layouts import layout_of, matrix
+from reparam_export.fusion import DTYPES, Advance, FusedWeights, own_state, touched_module
+from reparam_export.layouts import site_of, touched
 from reparam_export.models import Signature, read_inputs, samples
 from reparam_export.verification.certificate import (
     CarriedEvidence,
@@ -61,8 +61,8 @@ class VerifiedModel:
 
     def unfused(self, dtype: torch.dtype) -> nn.Module:
         """The unfused adapted model in one dtype: what noise floors are measured on."""
-        module = with_replaced(base_of(self.checkpoint).build()[0], self.checkpoint)
-        return adapted(module, self.checkpoint.adapters, dtype)
+        module, _, checkpoint = opened(self.checkpoint)
+        return adapted(module, checkpoint.adapters, dtype)
 
 
 def verify(
@@ -81,13 +81,12 @@ def verify(
     exhaustive_limit: layers with in * in * out above it are probed instead of read out entry by entry.
     advance: called with (layers done, layers in all).
     """
-    base, signature = base_of(checkpoint).build()
-    base = with_replaced(base, checkpoint)
+    base, signature, on_base = opened(checkpoint)
     given, source = _inputs(inputs, signature, count, seed)
-    layers = prove_weights(base, checkpoint, weights, seed, exhaustive_limit, advance)
-    carried = _carried(base, checkpoint, weights)
+    layers = prove_weights(base, on_base, weights, seed, exhaustive_limit, advance)
+    carried = _carried(base, on_base, weights)
     graph = _graph(base, weights, signature, given)
-    reference, outputs, layer, idle = prove_outputs(base, checkpoint, weights, signature, given)
+    reference, outputs, layer, idle = prove_outputs(base, on_base, weights, signature, given)
     certificate = Certificate(
         weights_sha256=weights.sha256(),
         checkpoint=checkpoint.describe(),
@@ -119,47 +118,53 @@ def prove_weights(
     limit: int,
     advance: Advance | None = None,
 ) -> tuple[LayerEvidence, ...]:
-    """The weight proof of every adapter. Raises EquivalenceError for a touched tensor that is missing or mis-shaped."""
+    """The weight proof of every adapter, of those on the same outputs together.
+
+    Raises EquivalenceError for a touched tensor that is missing or mis-shaped.
+    """
     evidence = []
+    tensors = weights.by_every_name()
     order = {name: number for number, (name, _) in enumerate(base.named_modules())}
-    for done, adapter in enumerate(sorted(checkpoint.adapters, key=lambda a: order.get(a.module, 0)), 1):
-        module = touched_module(base, adapter.module)
-        expected, found = tuple(module.get_parameter("weight").shape), weights.tensors.get(f"{adapter.module}.weight")
-        if found is None or tuple(found.shape) != expected:
-            raise EquivalenceError(
-                f"{adapter.module}.weight: expected shape {expected}, found "
-                f"{'no such tensor' if found is None else tuple(found.shape)} in the fused weights",
-                layer=adapter.module,
-            )
-        bias = weights.tensors.get(f"{adapter.module}.bias")
-        fits = bias is None or (
-            tuple(bias.shape) == (matrix_rows(module, adapter.module),) and bias.is_floating_point()
-        )
-        if not fits or not found.is_floating_point():
-            raise EquivalenceError(
-                f"{adapter.module}: the fused weights hold it as {found.dtype} {tuple(found.shape)}"
-                + (f" with a bias {bias.dtype} {tuple(bias.shape)}" if bias is not None else "")
-                + "; expected floating point numbers and one bias per output",
-                layer=adapter.module,
-            )
-        evidence.append(prove_layer(module, adapter, weights.tensors, seed=seed, limit=limit))
+    stacks = [stack for group in by_site(checkpoint.adapters).values() for stack in components(group)]
+    for done, stack in enumerate(sorted(stacks, key=lambda s: order.get(s[0].module, 0)), 1):
+        module = touched_module(base, stack[0].module)
+        _check_present(module, stack[0], tensors)
+        evidence.append(prove_layer(module, stack, tensors, seed=seed, limit=limit))
         if advance is not None:
-            advance(done, len(checkpoint.adapters))
+            advance(done, len(stacks))
     return tuple(evidence)
+
+
+def _check_present(module: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Raises EquivalenceError unless the fused weights hold the touched tensors in their shapes, as floating point numbers."""
+    site = site_of(module, adapter)
+    own = site.of(module)
+    expected, found = tuple(own[site.tensor].shape), tensors.get(site.tensor)
+    if found is None or tuple(found.shape) != expected:
+        raise EquivalenceError(
+            f"{site.tensor}: expected shape {expected}, found "
+            f"{'no such tensor' if found is None else tuple(found.shape)} in the fused weights",
+            layer=adapter.module,
+        )
+    bias = tensors.get(site.bias) if site.bias else None
+    outputs = site.affine(own).out_features
+    fits = bias is None or (tuple(bias.shape) == (outputs,) and bias.is_floating_point())
+    if not fits or not found.is_floating_point():
+        raise EquivalenceError(
+            f"{adapter.module}: the fused weights hold it as {found.dtype} {tuple(found.shape)}"
+            + (f" with a bias {bias.dtype} {tuple(bias.shape)}" if bias is not None else "")
+            + "; expected floating point numbers and one bias per output",
+            layer=adapter.module,
+        )
 
 
 def prove_again(checkpoint: Checkpoint, weights: FusedWeights, certificate: Certificate) -> None:
     """The weight proof once more, for a certificate that was picked up from disk. Raises EquivalenceError."""
-    base = with_replaced(base_of(checkpoint).build()[0], checkpoint)
+    base, _, checkpoint = opened(checkpoint)
     layers = prove_weights(base, checkpoint, weights, certificate.seed, EXHAUSTIVE_LIMIT)
     again = replace(certificate, layers=layers, carried=_carried(base, checkpoint, weights))
     if again.verdict == "wrong":
         raise refusal(again, None)
-
-
-def matrix_rows(module: nn.Module, name: str) -> int:
-    """The number of outputs of a touched module."""
-    return int(matrix(module.get_parameter("weight"), layout_of(name, module)).shape[0])
 
 
 def prove_outputs(
@@ -174,7 +179,8 @@ def prove_outputs(
     dtype = storage_dtype(weights)
     reference_model = unfused(torch.float64)
     exact = run(reference_model, signature, given, torch.float64)
-    idle = tuple(n for n in by_module(checkpoint) if not reference_model.get_submodule(n).calls)
+    modules = list(dict.fromkeys(adapter.module for adapter in checkpoint.adapters))
+    idle = tuple(n for n in modules if not getattr(reference_model.get_submodule(n), "calls", 1))
     truth = dict(zip(signature.outputs, exact, strict=True))
     noisy = run(unfused(dtype), signature, given, dtype)
     _check_repeatable(checkpoint, noisy, run(unfused(dtype), signature, given, dtype))
@@ -188,7 +194,7 @@ def prove_outputs(
     layer = None
     if not all(o.passed for o in outputs):
         models = (unfused(torch.float64), unfused(dtype), model)
-        layer = first_parting(models, (torch.float64, dtype, dtype), signature, given, list(by_module(checkpoint)))
+        layer = first_parting(models, (torch.float64, dtype, dtype), signature, given, modules)
     return reference, tuple(outputs), layer, idle
 
 
@@ -303,9 +309,12 @@ def _graph(base: nn.Module, weights: FusedWeights, signature: Signature, given: 
 
 def _carried(base: nn.Module, checkpoint: Checkpoint, weights: FusedWeights) -> CarriedEvidence:
     state, _ = own_state(base)
-    touched = {f"{a.module}.{part}" for a in checkpoint.adapters for part in ("weight", "bias")}
-    evidence = prove_carried(state, weights.tensors, touched, checkpoint.replaced, asked_dtype(weights))
+    names = {name for adapter in checkpoint.adapters for name in touched(adapter)}
+    evidence = prove_carried(state, weights.tensors, names, checkpoint.replaced, asked_dtype(weights))
     outside: list[str] = []
-    for name, adapters in by_module(checkpoint).items():
-        outside += uncovered(base.get_submodule(name), adapters, weights.tensors)
+    tensors: dict[tuple[str, str | None], list[Adapter]] = {}
+    for adapter in checkpoint.adapters:
+        tensors.setdefault((adapter.module, adapter.parameter), []).append(adapter)
+    for (name, _), adapters in tensors.items():
+        outside += uncovered(base.get_submodule(name), adapters, weights.by_every_name())
     return CarriedEvidence(evidence.compared, evidence.equal, evidence.replaced, (*evidence.different, *outside))

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.adapters import Kind, kind
-from reparam_export.affine import Affine, map_tensors
-from reparam_export.checkpoints import Adapter
-from reparam_export.layouts import affine_of, layout_of, matrix
+from reparam_export.adapters import Step, fused, unfused
+from reparam_export.affine import CHUNK, Affine, map_tensors, units
+from reparam_export.assembly import reach, stacks
+from reparam_export.checkpoints import Adapter, by_site
+from reparam_export.layouts import site_of
 from reparam_export.verification.certificate import CarriedEvidence, LayerEvidence, Verdict
 
 if TYPE_CHECKING:
@@ -25,75 +27,70 @@ if TYPE_CHECKING:
 EXHAUSTIVE_LIMIT = 2**35  # multiply-adds of one read-out (in * in * out); beyond it a layer is probed
 PROBES = 8
 MISS = 1e-6  # chance of missing a row whose error is above ``detectable``
-CHUNK = 256  # unit vectors at a time
 U64 = 2.0**-53  # unit roundoff of float64
 
 
 @dataclass(frozen=True)
 class Exact:
-    """The exact fused layer in float64, as its specification computes it."""
+    """The exact fused layer in float64, as the specifications of its adapters compute it, one on top of the other."""
 
-    spec: Kind
     base: Affine
-    params: Any
-    name: str
+    steps: tuple[Step, ...]
+
+    @cached_property
+    def before(self) -> Affine:
+        """What all adapters but the last make."""
+        return unfused(self.base, self.steps[:-1])
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self.spec.apply(x, self.base, self.params)
+        y: Tensor = self.steps[-1].apply(x, self.before)
         return y
 
     def uncertainty(self, x: Tensor) -> Tensor:
         """How far float64 rounding can take ``self(x)`` from the true value, entry by entry."""
-        import torch
-
-        magnitude = getattr(self.spec, "magnitude", None)
-        if magnitude is not None:
-            size = magnitude(x, self.base, self.params)
-        else:
-            absolute = (map_tensors(value, torch.abs, abs) for value in (self.base, self.params))
-            size = self.spec.apply(x.abs(), *absolute)
-        n = 2 * (self.base.in_features + self.base.out_features) + 16
-        bound: Tensor = size * (n * U64 / (1 - n * U64))
+        n = len(self.steps) * (2 * (self.base.in_features + self.base.out_features) + 16)
+        bound: Tensor = self.steps[-1].size(x, self.before) * (n * U64 / (1 - n * U64))
         return bound
 
 
-def exact_layer(module: nn.Module, adapter: Adapter) -> Exact:
-    """The specification of one adapter on the base's module, in float64."""
+def exact_layer(module: nn.Module, *adapters: Adapter) -> Exact:
+    """The specification of one stack of adapters on the base's module, in float64."""
     import torch
 
-    base = affine_of(module, layout_of(adapter.module, module), torch.float64)
-    part = base.rows(*adapter.rows) if adapter.rows else base
-    params = map_tensors(adapter.params, lambda t: t.to(torch.float64))
-    return Exact(kind(adapter.kind), part, params, adapter.module)
+    site = site_of(module, adapters[0])
+    base = site.affine(site.of(module), torch.float64)
+    ((rows, steps),) = stacks(adapters, torch.float64)
+    return Exact(base.rows(*rows) if rows else base, tuple(steps))
 
 
 def prove_layer(
-    module: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor], *, seed: int, limit: int = EXHAUSTIVE_LIMIT
+    module: nn.Module,
+    adapter: Adapter | Sequence[Adapter],
+    tensors: Mapping[str, Tensor],
+    *,
+    seed: int,
+    limit: int = EXHAUSTIVE_LIMIT,
 ) -> LayerEvidence:
-    """The evidence for one adapter. module: the base's; tensors: the fused weights by name."""
+    """The evidence for one adapter, or for a stack of them. module: the base's; tensors: the fused weights by name."""
     import torch
 
-    exact = exact_layer(module, adapter)
-    stored = stored_affine(module, adapter, tensors)
+    stack = (adapter,) if isinstance(adapter, Adapter) else tuple(adapter)
+    site = site_of(module, stack[0])
+    exact = exact_layer(module, *stack)
+    rows = reach(stack)
+    stored = site.affine(tensors).rows(*rows) if rows else site.affine(tensors)
     inn, out = exact.base.in_features, exact.base.out_features
     with torch.no_grad():
         numbers = read_out(exact, stored) if inn * inn * out <= limit else probe(exact, stored, seed)
     return LayerEvidence(
-        module=adapter.module,
-        kind=adapter.kind,
-        tensors=tuple(n for n in (f"{adapter.module}.weight", f"{adapter.module}.bias") if n in tensors),
+        module=stack[0].site,
+        kind=" + ".join(a.kind if a.weight == 1 else f"{a.weight:g} {a.kind}" for a in stack),
+        tensors=tuple(n for n in (site.tensor, site.bias) if n and n in tensors),
         shape=(out, inn),
         dtype=str(stored.weight.dtype).removeprefix("torch."),
         entries=stored.weight.numel() + (0 if stored.bias is None else stored.bias.numel()),
         **numbers,
     )
-
-
-def stored_affine(module: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor]) -> Affine:
-    """The fused module's own map, in its storage dtype."""
-    weight = matrix(tensors[f"{adapter.module}.weight"], layout_of(adapter.module, module))
-    whole = Affine(weight, tensors.get(f"{adapter.module}.bias"))
-    return whole.rows(*adapter.rows) if adapter.rows else whole
 
 
 @dataclass
@@ -144,8 +141,7 @@ def read_out(exact: Exact, stored: Affine) -> dict[str, Any]:
     kept = changed = 0.0
     for start in range(0, inn, CHUNK):
         stop = min(start + CHUNK, inn)
-        unit = torch.zeros(stop - start, inn, dtype=torch.float64)
-        unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
+        unit = units(start, stop, inn, torch.float64)
         true = exact(unit) - bias
         unsure = exact.uncertainty(unit) + bias_unsure
         columns = stored.weight[:, start:stop].T
@@ -190,7 +186,7 @@ def probe(exact: Exact, stored: Affine, seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     inn = exact.base.in_features
     x = torch.randn(PROBES, inn, generator=generator, dtype=torch.float64)
-    closed = exact.spec.fuse(exact.base, exact.params)
+    closed = fused(exact.base, exact.steps)
     true = exact(x)
     bound = exact.uncertainty(x) + inn * U64 * map_tensors(closed, torch.abs)(x.abs())
     ratio = ((closed(x) - true).abs() / bound).nan_to_num(nan=math.inf)
@@ -232,25 +228,37 @@ def ceiling(stored: Tensor) -> float:
 
 
 def uncovered(module: nn.Module, adapters: Sequence[Adapter], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Rows of a touched module that no adapter acts on and that are not the base's, rounded once. Empty when all are."""
+    """What of a touched module's tensors no adapter acts on and is not the base's, rounded once. Empty when nothing.
+
+    adapters: those on one tensor of the module: outputs outside their rows, and matrices of a stack without any.
+    """
     import torch
 
-    name = adapters[0].module
-    if any(a.rows is None for a in adapters):
-        return []
-    base = affine_of(module, layout_of(name, module), torch.float64)
-    weight = matrix(tensors[f"{name}.weight"], layout_of(name, module))
-    free = torch.ones(len(weight), dtype=torch.bool)
-    for adapter in adapters:
-        start, stop = adapter.rows or (0, len(weight))
-        free[start:stop] = False
-    bias = torch.zeros(len(weight), dtype=torch.float64) if base.bias is None else base.bias
-    found = tensors.get(f"{name}.bias", torch.zeros(len(weight), dtype=weight.dtype))
+    site = site_of(module, adapters[0])
+    own = site.of(module)
+    if site.tensor not in tensors or tensors[site.tensor].shape != own[site.tensor].shape:
+        return [f"{site.tensor}: missing or of another shape"]
     different = []
-    if not torch.equal(weight[free], base.weight[free].to(weight.dtype)):
-        different.append(f"{name}.weight: rows outside the adapted ones differ")
-    if not torch.equal(found[free], bias[free].to(found.dtype)):
-        different.append(f"{name}.bias: rows outside the adapted ones differ")
+    if site.expert is not None:
+        free = torch.ones(len(own[site.tensor]), dtype=torch.bool)
+        free[[a.expert for a in adapters]] = False
+        if not torch.equal(tensors[site.tensor][free], own[site.tensor][free].to(tensors[site.tensor].dtype)):
+            different.append(f"{site.tensor}: matrices without an adapter differ")
+    for group in by_site(adapters).values():
+        if any(a.rows is None for a in group):
+            continue
+        place = site_of(module, group[0])
+        base, found = place.affine(own, torch.float64), place.affine(tensors)
+        free = torch.ones(base.out_features, dtype=torch.bool)
+        for a in group:
+            start, stop = a.rows or (0, base.out_features)
+            free[start:stop] = False
+        if not torch.equal(found.weight[free], base.weight[free].to(found.weight.dtype)):
+            different.append(f"{place.tensor}: rows outside the adapted ones differ")
+        nothing = torch.zeros(base.out_features, dtype=found.weight.dtype)
+        was, now = (nothing if b is None else b for b in (base.bias, found.bias))
+        if not torch.equal(now[free], was[free].to(now.dtype)):
+            different.append(f"{place.bias}: rows outside the adapted ones differ")
     return different
 
 

@@ -255,8 +255,7 @@ def peft_folder(tmp_path: Path, name: str = "peft_lora", **config: Any) -> Path:
 @pytest.mark.parametrize(
     "setting",
     [
-        {"use_dora": True},
-        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "corda"},
         {"alora_invocation_tokens": [1, 2]},
         {"use_qalora": True},
         {"layer_replication": [[0, 1]]},

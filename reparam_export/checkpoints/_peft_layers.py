@@ -1,0 +1,145 @@
+"""The universal road for PEFT folders: peft's own layers, made on the base by peft itself, as adapters of the kind ``probed``.
+
+peft puts the adapter on a copy of the base in the dtype it is stored in, as it does for its user (some types compute a singular value
+decomposition of the base then); each of its layers, with the base layer inside, is one adapter. Needs ``pip install reparam-export[peft]``.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from reparam_export.affine import Tensor
+from reparam_export.checkpoints import Adapter, Bind, Parts, Source, Unbound
+from reparam_export.checkpoints._peft import PREFIX, on_base, other_settings, parts_of, targets, tuner_prefix
+from reparam_export.errors import FusionError, MissingBackendError, NotAffineError, TensorMismatchError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def read_layers(source: Source, note: str = "") -> Parts:
+    """The folder's parts, with adapters that are made when the base is there. Raises CheckpointError and its kin."""
+    claim = source.claim()
+    ours = f".{tuner_prefix(source)}"
+    taken = claim.take_all(lambda name: ours in name or name.startswith(f"base_model{ours}"))
+    by_module: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in taken.items():
+        module, _, rest = name.partition(ours)
+        if module.startswith(PREFIX):
+            by_module.setdefault(module.removeprefix(PREFIX).removesuffix(".base_layer"), {})[ours[1:] + rest] = tensor
+    if not by_module:  # all that is saved is shared by the modules
+        named = source.config.get("target_modules") or []
+        by_module = {str(name): {} for name in ([named] if isinstance(named, str) else named)}
+    kind = str(source.config.get("peft_type"))
+    settings = {"peft": kind} | ({"rank": source.config["r"]} if isinstance(source.config.get("r"), int) else {})
+    adapters = [Adapter(module, "probed", Unbound(dict(t), settings)) for module, t in by_module.items()]
+    parts = parts_of(source, claim, adapters)
+    tokens = [a for a in parts.adapters if a.kind == "tokens"]
+    notes = (note or f"peft's own {kind} layers, probed one by one",)
+    return replace(parts, bind=bind_layers(source, tokens), notes=notes)
+
+
+def bind_layers(source: Source, tokens: Sequence[Adapter]) -> Bind:
+    """Puts the folder's adapter on a copy of a base, and takes each of peft's layers as an adapter, and the trained tokens."""
+
+    def bind(module: nn.Module) -> list[Adapter]:
+        peft = import_peft()
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        covers = targets(source.config)
+        if covers is not None:
+            covers(
+                [name for name, _ in module.named_modules()]
+            )  # a pattern that never ends is refused before peft meets it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = peft.PeftConfig.from_peft_type(**_plain_settings(peft, source.config))
+            model = peft.get_peft_model(copy.deepcopy(module), config)
+            result = peft.set_peft_model_state_dict(model, dict(source.tensors))
+        _check_loaded(source, peft, model, result)
+        model.eval().requires_grad_(False)
+        layers: dict[str, Any] = dict(model.base_model.model.named_modules())
+        layers = {n: part for n, part in layers.items() if isinstance(part, BaseTunerLayer)}
+        layers = {n: part for n, part in layers.items() if not hasattr(part, "trainable_tokens_delta")}
+        return [
+            *(_adapter(n, part, module.get_submodule(n)) for n, part in layers.items()),
+            *on_base(None, tokens, module),
+        ]
+
+    return bind
+
+
+def import_peft() -> Any:
+    """The package peft. Raises MissingBackendError."""
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingBackendError(
+            "this adapter is folded by probing peft's own layers, and the package peft is not installed; "
+            "pip install 'reparam-export[peft]'",
+            package="peft",
+            extra="peft",
+        ) from error
+    return peft
+
+
+def _plain_settings(peft: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that this version of peft knows; base and hub are left out, so that nothing is looked up."""
+    import inspect
+
+    kinds = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    name = config.get("peft_type")
+    if name not in kinds:
+        raise FusionError(
+            f"peft {peft.__version__} does not know the peft_type {name!r}; install the version that wrote the folder"
+        )
+    known = inspect.signature(kinds[name]).parameters
+    left = {"auto_mapping", "base_model_name_or_path", "revision", "runtime_config", "task_type", "peft_version"}
+    quiet = {"progressbar": False} if "progressbar" in known else {}
+    strange = [k for k in other_settings(config, known) if k not in left]
+    if strange:
+        raise FusionError(
+            f"adapter_config.json sets {strange[0]}={str(config[strange[0]])[:80]}, which peft {peft.__version__} does not know for {name}"
+        )
+    given = {k: v for k, v in config.items() if k in known and k not in left and v is not None}
+    return given | quiet | {"peft_type": name, "inference_mode": True}
+
+
+def _check_loaded(source: Source, peft: Any, model: Any, result: Any) -> None:
+    """Every tensor of the file found its place, and every tensor of the adapters was in the file. Raises TensorMismatchError."""
+    ours = peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[peft.PeftType(source.config["peft_type"])]
+    state, absent = model.state_dict(keep_vars=True), set(result.missing_keys)
+    loaded = {id(tensor) for name, tensor in state.items() if name not in absent}  # modules may share one tensor
+    missing = [name for name in absent if f".{ours}" in name and id(state[name]) not in loaded]
+    for name in (*result.unexpected_keys, *sorted(missing)):
+        what = "is not in the file, and belongs to" if name in absent else "has no place in"
+        raise TensorMismatchError(
+            f"{source.path}: {name}: {what} the {source.config['peft_type']} adapter that peft {peft.__version__} builds on this base",
+            module=name.rpartition(".")[0],
+            tensor=name,
+            expected=name if name in absent else None,
+            found=None if name in absent else name,
+        )
+
+
+def _adapter(name: str, layer: nn.Module, base: nn.Module) -> Adapter:
+    """One of peft's layers as an adapter on its base. Raises NotAffineError for a layer of several inputs."""
+    from torch import nn as torch_nn
+
+    from reparam_export.adapters import probed
+
+    if isinstance(base, torch_nn.MultiheadAttention):
+        raise NotAffineError(
+            f"{name}: peft's layer on an nn.MultiheadAttention takes three inputs and cannot be probed; plain LoRA on it can be folded",
+            modules=(name,),
+            reason="attention",
+        )
+    if isinstance(base, torch_nn.Conv1d | torch_nn.Conv2d | torch_nn.Conv3d):
+        return Adapter(name, "probed", probed.Params(layer, name, "conv", base))
+    return Adapter(
+        name, "probed", probed.Params(layer, name, "embedding" if isinstance(base, torch_nn.Embedding) else "linear")
+    )

@@ -1,0 +1,131 @@
+"""An opened checkpoint: its tensors and the settings beside them, every one of which a reader has to account for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reparam_export.affine import Tensor
+from reparam_export.checkpoints._settings import Settings
+from reparam_export.errors import CheckpointError, TensorMismatchError
+from reparam_export.files import PICKLES, flat_tensors, load_pickle, load_safetensors, read_json
+
+NATIVE = "reparam-export/1"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One opened checkpoint. ``tensors`` in file order; ``content`` the whole object of our own format."""
+
+    path: Path
+    file: Path
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    content: Mapping[str, Any]
+    settings: Settings
+    base_given: bool
+
+    def claim(self) -> Claim:
+        """All tensors, to be taken one by one; what is not taken is an error."""
+        return Claim(self.path, dict(self.tensors))
+
+
+class Claim:
+    """Tensors that a reader has to account for, every one of them."""
+
+    def __init__(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        self._path, self._left = path, tensors
+
+    def take(self, name: str) -> Tensor:
+        """Raises TensorMismatchError when it is not there."""
+        if name not in self._left:
+            module, _, tensor = name.rpartition(".")
+            raise TensorMismatchError(
+                f"{self._path}: tensor {name} is missing; the adapter on {module} needs it",
+                module=module,
+                tensor=tensor,
+                expected=name,
+                found=None,
+            )
+        return self._left.pop(name)
+
+    def take_if(self, name: str) -> Tensor | None:
+        return self._left.pop(name, None)
+
+    def take_all(self, wanted: Any) -> dict[str, Tensor]:
+        """Every remaining tensor whose name satisfies ``wanted``."""
+        return {name: self._left.pop(name) for name in list(self._left) if wanted(name)}
+
+    def names(self) -> list[str]:
+        return list(self._left)
+
+    def finish(self) -> None:
+        """Raises TensorMismatchError when anything was left over."""
+        if self._left:
+            name = next(iter(self._left))
+            module, _, tensor = name.rpartition(".")
+            raise TensorMismatchError(
+                f"{self._path}: {len(self._left)} tensor(s) that belong to no adapter and no head, first {name} "
+                f"{tuple(self._left[name].shape)}; nothing may be left over, because a dropped tensor changes the model",
+                module=module,
+                tensor=tensor,
+                expected=None,
+                found=tuple(self._left[name].shape),
+            )
+
+
+def open_source(path: Path, settings: Settings, *, base_given: bool, numpy: bool) -> Source:
+    """Open a file, or the weights and configuration of a folder. Raises CheckpointError."""
+    file = weights_file(path)
+    beside = file.parent if path.is_file() else path
+    config: dict[str, Any] = {}
+    for name in ("adapter_config.json", "config.json"):
+        if not config and (beside / name).is_file():
+            config = read_json(beside / name)
+    content: Mapping[str, Any] = {}
+    metadata: dict[str, str] = {}
+    if file.suffix == ".safetensors":
+        tensors, metadata = load_safetensors(file, numpy=numpy)
+    else:
+        loaded = load_pickle(file)
+        if isinstance(loaded, Mapping) and loaded.get("format") == NATIVE:
+            content, tensors = loaded, {}
+        else:
+            tensors = flat_tensors(file, loaded)
+    return Source(path, file, tensors, config, metadata, content, settings, base_given)
+
+
+def weights_file(path: Path) -> Path:
+    if path.is_file():
+        if path.name.endswith((*PICKLES, ".safetensors")):
+            return path
+        raise CheckpointError(
+            f"{path}: expected {', '.join(PICKLES)}, .safetensors or a PEFT folder, found the ending {path.suffix or '(none)'}"
+        )
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    for name in ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(
+        f"{path}: the folder holds no adapter_model.safetensors, adapter_model.bin, model.safetensors or pytorch_model.bin"
+    )
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A convolution's weight (out, in, *kernel) as the matrix over its patches."""
+    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
+
+
+def as_core(tensor: Tensor | None) -> Tensor | None:
+    """The core (r, r, *kernel) of a factored convolution with its kernel as one axis."""
+    return None if tensor is None else tensor.reshape(*tensor.shape[:2], -1)
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """Indices, which peft saves as floating point numbers on Windows."""
+    return tensor.long() if hasattr(tensor, "long") else tensor.astype("int64")
