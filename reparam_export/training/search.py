@@ -212,21 +212,25 @@ def evaluator(evaluate: Evaluate, workers: int) -> Iterator[EvaluateAll]:
         yield lambda candidates: map(evaluate, candidates)
         return
     import multiprocessing
+    import pickle
     from concurrent.futures import ProcessPoolExecutor
 
     context = multiprocessing.get_context("spawn")  # a fork of a process that runs threads can hang
-    with ProcessPoolExecutor(workers, context, _take, (evaluate,)) as pool:
+    copy = pickle.dumps(evaluate)  # as bytes: torch would share its tensors between the processes, which write into them
+    with ProcessPoolExecutor(workers, context, _take, (copy,)) as pool:
         yield lambda candidates: pool.map(_evaluate_here, candidates)
 
 
 _here: list[Evaluate] = []  # of a worker process
 
 
-def _take(evaluate: Evaluate) -> None:
+def _take(evaluate: bytes) -> None:
+    import pickle
+
     import torch
 
     torch.set_num_threads(1)
-    _here[:] = [evaluate]
+    _here[:] = [pickle.loads(evaluate)]
 
 
 def _evaluate_here(candidate: Candidate) -> float:

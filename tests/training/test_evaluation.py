@@ -128,5 +128,6 @@ def test_processes_get_a_copy_of_their_own() -> None:
     fused = Fused(net, accuracy([(IMAGES, torch.arange(96) % 3)]))
     again = pickle.loads(pickle.dumps(fused))
     assert [again(c) for c in candidates(net)] == [fused(c) for c in candidates(net)]
-    settings = Search(population=4, select=2, mutations=1, crossovers=1, epochs=2)
+    settings = Search(population=48, select=4, mutations=12, crossovers=12, epochs=3)
     assert search(net.space, fused, settings, workers=2) == search(net.space, fused, settings)
+    assert not any(tensor.is_shared() for tensor in fused.model.state_dict().values())
