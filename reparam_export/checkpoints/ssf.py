@@ -1,8 +1,8 @@
 """SSF (dongzelian/SSF): ``X.ssf_scale_N`` and ``X.ssf_shift_N`` in the model's own blocks, saved by timm's ``CheckpointSaver`` or alone.
 
-Which layer X's Nth pair follows: attn qkv, proj; mlp fc1, fc2; a block norm1, norm2; patch_embed proj, norm; a swin's downsample norm (for
-which the authors' code never switches SSF on); the model itself its last norm. The saver keeps the whole model, base included, and with ``--model-ema`` its moving average, which is the one
-that the script evaluates. Swin layers are named as today's timm names them.
+Which layer X's Nth pair follows: attn qkv, proj; mlp fc1, fc2; a block norm1, norm2; patch_embed proj, norm; a swin's downsample norm
+(for which the authors' code never switches SSF on); the model itself its last norm. The saver keeps the whole model, base included, and
+with ``--model-ema`` its moving average, which is the one that the script evaluates. Swin layers are named as today's timm names them.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def test_a_mean_before_the_last_norm_leaves_no_layer_for_the_last_scale(tmp_path
         n.replace("norm.", "fc_norm.") if n.startswith("norm.") else n: t for n, t in saved()["state_dict"].items()
     }
     torch.save(state, tmp_path / "ssf.pt")
-    with pytest.raises(FusionError, match="norm: a Identity .* cannot be folded"):
+    with pytest.raises(FusionError, match=r"norm: a Identity .* cannot be folded"):
         rx.fuse(rx.read(tmp_path / "ssf.pt", f"{SPEC}&global_pool=avg"))
 
 
