@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from reparam_export.checkpoints import Adapter as Adapter
     from reparam_export.checkpoints import Checkpoint as Checkpoint
     from reparam_export.checkpoints import read as read
+    from reparam_export.checkpoints._stack import stacked as stacked
     from reparam_export.exporters import export as export
     from reparam_export.exporters.artifact import Artifact as Artifact
     from reparam_export.fusion import FusedWeights as FusedWeights
@@ -31,6 +32,7 @@ _HOME = {
     "Adapter": "checkpoints",
     "Checkpoint": "checkpoints",
     "read": "checkpoints",
+    "stacked": "checkpoints._stack",
     "FusedWeights": "fusion",
     "fuse": "fusion",
     "VerifiedModel": "verification",
