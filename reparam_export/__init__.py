@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from reparam_export.exporters.artifact import Artifact as Artifact
     from reparam_export.fusion import FusedWeights as FusedWeights
     from reparam_export.fusion import fuse as fuse
+    from reparam_export.modules import fuse_module as fuse_module
     from reparam_export.report import Report as Report
     from reparam_export.report import write_report as write_report
     from reparam_export.verification import VerifiedModel as VerifiedModel
@@ -35,6 +36,7 @@ _HOME = {
     "stacked": "checkpoints._stack",
     "FusedWeights": "fusion",
     "fuse": "fusion",
+    "fuse_module": "modules",
     "VerifiedModel": "verification",
     "verify": "verification",
     "Artifact": "exporters.artifact",
