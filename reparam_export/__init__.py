@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from reparam_export.checkpoints import Adapter as Adapter
     from reparam_export.checkpoints import Checkpoint as Checkpoint
     from reparam_export.checkpoints import read as read
+    from reparam_export.checkpoints._stack import stacked as stacked
     from reparam_export.exporters import export as export
     from reparam_export.exporters.artifact import Artifact as Artifact
     from reparam_export.fusion import FusedWeights as FusedWeights
     from reparam_export.fusion import fuse as fuse
+    from reparam_export.modules import fuse_module as fuse_module
     from reparam_export.report import Report as Report
     from reparam_export.report import write_report as write_report
     from reparam_export.verification import VerifiedModel as VerifiedModel
@@ -31,8 +33,10 @@ _HOME = {
     "Adapter": "checkpoints",
     "Checkpoint": "checkpoints",
     "read": "checkpoints",
+    "stacked": "checkpoints._stack",
     "FusedWeights": "fusion",
     "fuse": "fusion",
+    "fuse_module": "modules",
     "VerifiedModel": "verification",
     "verify": "verification",
     "Artifact": "exporters.artifact",

@@ -63,7 +63,9 @@ def bound(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
         from reparam_export.checkpoints._stack import stacked
 
         members = [bound(member, module) for member in checkpoint.members]
-        return replace(stacked(members, [m.recipe.weight for m in members]), recipe=checkpoint.recipe)
+        whole = stacked(members, [m.recipe.weight for m in members])
+        _check_probed(whole)
+        return replace(whole, recipe=checkpoint.recipe)
     if checkpoint.bind is None:
         return checkpoint
     try:
@@ -79,6 +81,16 @@ def bound(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
         ) from error
     check_disjoint(checkpoint.path, adapters)
     return replace(checkpoint, adapters=adapters, bind=None)
+
+
+def _check_probed(checkpoint: Checkpoint) -> None:
+    """Raises FusionError for a probed layer that is not the first on its module: it was made around the base's own weight."""
+    for site, group in by_site(checkpoint.adapters).items():
+        if any(adapter.kind == "probed" for adapter in group[1:]):
+            raise FusionError(
+                f"{checkpoint.path}: {site}: an adapter that is probed in a layer of another library is made around the base's own weight; "
+                "put its checkpoint first in the stack"
+            )
 
 
 def place(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -33,8 +33,10 @@ def load_safetensors(path: Path, *, numpy: bool) -> tuple[dict[str, Any], dict[s
 def load_pickle(path: Path) -> Any:
     """What ``torch.load(weights_only=True)`` gives, memory-mapped where the file allows.
 
-    A pickle that wants more than plain data is refused by the name it wants; nothing of it runs. Raises CheckpointError.
+    A pickle that wants more than plain data is refused by the name it wants; nothing of it runs. ``argparse.Namespace``, the options of
+    a training script, is plain data. Raises CheckpointError.
     """
+    import argparse
     import pickle
     import warnings
     import zipfile
@@ -42,7 +44,7 @@ def load_pickle(path: Path) -> Any:
     import torch
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:

@@ -98,10 +98,14 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
 def recipe_of(content: Mapping[str, Any]) -> Recipe:
     """The recipe in ``fused.json``. Raises CheckpointError."""
     try:
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["recipe"].items()}
-        return Recipe(**given)
+        return _recipe(content["recipe"])
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{FUSED}: damaged ({error!r}); run fuse again") from error
+
+
+def _recipe(content: Mapping[str, Any]) -> Recipe:
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    return Recipe(**given | {"others": tuple(_recipe(other) for other in content.get("others", ()))})
 
 
 def save_proof(folder: Path, certificate: Certificate, model: VerifiedModel | None) -> None:

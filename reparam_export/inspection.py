@@ -53,6 +53,8 @@ def show(console: Console, found: dict[str, Any]) -> None:
     if "format" in found:
         kinds = ", ".join(f"{name} x {count}" for name, count in found["kinds"].items())
         console.line(f"format: {found['format']} ({kinds})")
+        for line in in_order(found["stack"]):
+            console.line(line)
         console.line(f"base: {found['base'] or 'not named in the checkpoint'}")
         console.line(f"ranks: {', '.join(map(str, found['rank'])) or '-'}")
         for note in found["notes"]:
@@ -82,6 +84,11 @@ def show_analysis(console: Console, branches: Sequence[BranchAnalysis]) -> None:
         for b in branches
     ]  # fmt: skip
     console.table("Branches", columns, rows)
+
+
+def in_order(stack: list[dict[str, Any]]) -> list[str]:
+    """One line for each checkpoint of a stack, in the order they act."""
+    return [f"{n}. {m['path']} ({m['format']}), weight {m['weight']:g}" for n, m in enumerate(stack, 1)]
 
 
 def _adapter(checkpoint: Checkpoint, index: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Case:
     name: str
     path: str
     options: dict[str, Any] = field(default_factory=dict)  # of rx.read; file names are relative to the case's folder
+    inputs_of: str = ""  # the case whose inputs these are too
 
     @property
     def folder(self) -> Path:
@@ -54,7 +55,7 @@ class Case:
         return words
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        tensor = torch.from_numpy(np.load(self.folder / "inputs.npy"))
+        tensor = torch.from_numpy(np.load(DATA / (self.inputs_of or self.name) / "inputs.npy"))
         if tensor.is_floating_point():
             return {"image": tensor}
         mask = self.folder / "attention_mask.npy"
@@ -69,7 +70,7 @@ class Case:
         return torch.from_numpy(np.load(pure if pure.exists() else self.folder / "expected64.npy"))
 
 
-def vit(folder: str) -> str:
+def vit(folder: str, name: str = "vit_tiny_patch16_224") -> str:
     """The base spec of a recorded timm model."""
     kwargs = DATA / folder / "timm_kwargs.json"
     given = (
@@ -77,7 +78,8 @@ def vit(folder: str) -> str:
         if kwargs.exists()
         else json.loads((DATA / folder / "meta.json").read_text())["model"]["kwargs"]
     )
-    return "timm:vit_tiny_patch16_224?" + "&".join(f"{name}={value}" for name, value in given.items())
+    words = (f"{key}={tuple(value) if isinstance(value, list) else value}" for key, value in given.items())
+    return f"timm:{name}?" + "&".join(words).replace(" ", "")
 
 
 def own_model(folder: Path, layers: str, forward: str) -> str:
@@ -132,8 +134,22 @@ CASES = {
             ".",
             {"base": vit("peft_base_vit"), "base_weights": "../peft_base_vit/model.safetensors"},
         ),
+        Case("ssf_vit", "model_best.pth.tar", {"base": vit("ssf_vit")}),
     )
 }
+MORE_CASES = {  # not exported in every test: peft's types beside LoRA, and another family of models
+    name: Case(name, ".")
+    for name in (
+        "peft_beft_bert", "peft_c3a", "peft_deft", "peft_dora_gpt2", "peft_fourierft", "peft_glora_bert", "peft_hra_bert",
+        "peft_ia3_bert", "peft_ln_tuning_bert", "peft_oft_bert", "peft_oft_share_coft", "peft_road", "peft_unilora",
+        "peft_vera_noproj", "peft_waveft",
+    )
+} | {
+    name: Case(name, ".", CASES["peft_lora_vit_conv"].options, "peft_lora_vit_conv")
+    for name in ("peft_boft_vit_conv", "peft_dora_vit_conv", "peft_lokr_vit_conv")
+}  # fmt: skip
+SWIN = Case("ssf_swin", "model_best.pth.tar", {"base": vit("ssf_swin", "swin_tiny_patch4_window7_224")})
+MORE_CASES |= {SWIN.name: SWIN}
 
 
 @pytest.fixture(params=sorted(CASES))

@@ -16,7 +16,7 @@ PACKAGE = Path(reparam_export.__file__).parent
 ROOT = PACKAGE.parent
 # fmt: off
 ORDER = [  # a room imports itself and what stands before it; nobody imports training
-    "errors", "affine", "float64", "plugins", "files", "adapters", "checkpoints", "layouts", "state", "models", "bases",
+    "errors", "affine", "float64", "plugins", "files", "adapters", "modules", "checkpoints", "layouts", "state", "models", "bases",
     "assembly", "training", "fusion", "verification", "analysis", "folder", "exporters", "latency", "report", "console",
     "inspection", "cli", "__main__",
 ]

@@ -69,6 +69,20 @@ def test_the_table_has_a_row_for_every_recorded_case_and_each_is_within_its_boun
         assert error <= bound < without / 1000
 
 
+def test_the_table_of_pefts_types_has_every_type_folded_or_refused() -> None:
+    import peft
+
+    table = README.split("<!-- peft types")[1].split("<!-- /peft types")[0]
+    rows = {cells[1].strip(): cells for line in table.splitlines()[3:] if len(cells := line.split("|")) == 9}
+    refused = set(re.findall(r"^- (\w+): ", table, re.MULTILINE))
+    assert set(rows) | refused == {kind.value for kind in peft.PeftType}
+    assert not set(rows) & refused
+    for cells in rows.values():
+        assert "closed form" in cells[2] or "probed" in cells[2]
+        assert float(cells[4]) < 1e-14
+        assert float(cells[5]) < 1e-6
+
+
 def test_the_file_map_names_every_room_kind_format_and_base() -> None:
     listing = README.split("## Where things are")[1].split("## Not yet")[0]
     for file in (ROOT / "reparam_export").iterdir():

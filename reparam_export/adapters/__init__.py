@@ -133,7 +133,9 @@ def _stacked(base: Affine, step: Step) -> Affine:
 
         wide = to_dtype(Affine(base.weight, base.bias), torch.float64)
         exact = replace(step, params=to_dtype(step.params, torch.float64))
-        return to_dtype(read_out(lambda x: exact.apply(x, wide), base.in_features, torch.float64), base.weight.dtype)
+        whole = read_out(lambda x: exact.apply(x, wide), base.in_features, torch.float64)
+        # copied: where float64 is to stay float64 (pure_float64), a cast would leave it so in a float32 model too
+        return map_tensors(whole, lambda t: torch.empty(t.shape, dtype=base.weight.dtype).copy_(t))
 
     def sizes() -> Affine:
         import torch

@@ -36,9 +36,9 @@ def shapes(out_features: int, in_features: int, p: Params) -> dict[str, tuple[in
 
 def initial(base: Affine, rank: int, *, scale: float = 1.0) -> Params:
     """As the authors' code: e zero, P and Q normal with deviation 0.02. Ranks are not pruned here."""
-    like = base.weight
-    P, Q = drawn(like.new_empty(base.out_features, rank), "normal"), drawn(like.new_empty(rank, base.in_features), "normal")  # noqa: N806
-    return Params(P, like.new_zeros(rank), Q, float(scale))
+    like, out, inn = base.weight, base.out_features, base.in_features
+    left, right = (drawn(like.new_empty(shape), "normal") for shape in ((out, rank), (rank, inn)))
+    return Params(left, like.new_zeros(rank), right, float(scale))
 
 
 def example(seed: int, base: Affine) -> Params:

@@ -32,15 +32,15 @@ class Params:
 
 
 def apply(x: Tensor, base: Affine, p: Params) -> Tensor:
-    with _exactly(x.dtype):
-        return _on_rows(p, x.dtype)(x)
+    with exactly(x.dtype):
+        return on_rows(p, x.dtype)(x)
 
 
 def fuse(base: Affine, p: Params) -> Affine:
     import torch
 
-    with _exactly(torch.float64):
-        call = _on_rows(p, torch.float64)
+    with exactly(torch.float64):
+        call = on_rows(p, torch.float64)
         if p.takes != "embedding":  # a table is linear in one-hot rows whatever is in it
             check_affine(call, base.in_features, p)
         probed = read_out(call, base.in_features, torch.float64)
@@ -111,7 +111,7 @@ def describe(p: Params) -> dict[str, Any]:
     return {"module": type(p.module).__name__}
 
 
-def _on_rows(p: Params, dtype: Any) -> Callable[[Tensor], Tensor]:
+def on_rows(p: Params, dtype: Any) -> Callable[[Tensor], Tensor]:
     """The module in that dtype, in eval mode, as a function of rows (..., in) -> (..., out)."""
     import torch
 
@@ -141,7 +141,7 @@ def _on_patches(module: Any, window: Any, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _exactly(dtype: Any) -> Iterator[None]:
+def exactly(dtype: Any) -> Iterator[None]:
     """No gradients; float64 stays float64 inside, also in constants that a layer makes in torch's default dtype."""
     import torch
 

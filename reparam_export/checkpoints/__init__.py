@@ -121,14 +121,19 @@ class Recipe:
     def read(self, *, inspecting: bool = False) -> Checkpoint:
         """The checkpoint, with the others on top of it. Raises CheckpointError and its kin."""
         own = ("checkpoint", "dtype", "weight", "others")
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
-        checkpoint = read(self.checkpoint, inspecting=inspecting, **given)
+        stack = [
+            read(
+                recipe.checkpoint,
+                inspecting=inspecting,
+                **{f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in own},
+            )
+            for recipe in (self, *self.others)
+        ]
         if not self.others and self.weight == 1:
-            return checkpoint
+            return stack[0]
         from reparam_export.checkpoints._stack import stacked
 
-        weights = [recipe.weight for recipe in (self, *self.others)]
-        return stacked([checkpoint, *(other.read(inspecting=inspecting) for other in self.others)], weights)
+        return stacked(stack, [recipe.weight for recipe in (self, *self.others)])
 
     def digests(self) -> dict[str, str]:
         """sha256 of every file the result depends on."""

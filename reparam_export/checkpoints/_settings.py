@@ -56,6 +56,20 @@ class Settings:
         self.used[name] = number
         return number
 
+    def choice(self, name: str, options: Sequence[str], *, why: str) -> str:
+        """One of the options; the first while inspecting. Raises MissingSettingError, or UsageError for another value."""
+        if name not in self.values:
+            option = f"--set {name}={'|'.join(options)}"
+            self._miss(
+                f"{why}; say which one with {option}", setting=name, found_in="what was evaluated", option=option
+            )
+            return options[0]
+        value = self.values[name]
+        if value not in options:
+            raise UsageError(f"setting {name}: expected {' or '.join(options)}, found {_shown(value)}")
+        self.used[name] = value
+        return str(value)
+
     def layer_paths(self, layers: Sequence[str], *, found_in: str) -> list[Choice | None]:
         """One path choice per layer, matched by name or, for a plain list, by order. None for each while inspecting."""
         if self.paths is None:

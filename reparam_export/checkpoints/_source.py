@@ -18,7 +18,7 @@ NATIVE = "reparam-export/1"
 
 @dataclass(frozen=True)
 class Source:
-    """One opened checkpoint. ``tensors`` in file order; ``content`` the whole object of our own format."""
+    """One opened checkpoint. ``tensors`` in file order; ``content`` the whole object of a torch file."""
 
     path: Path
     file: Path
@@ -95,7 +95,7 @@ def open_source(path: Path, settings: Settings, *, base_given: bool, numpy: bool
         if isinstance(loaded, Mapping) and loaded.get("format") == NATIVE:
             content, tensors = loaded, {}
         else:
-            tensors = flat_tensors(file, loaded)
+            content, tensors = loaded if isinstance(loaded, Mapping) else {}, flat_tensors(file, loaded)
     return Source(path, file, tensors, config, metadata, content, settings, base_given)
 
 

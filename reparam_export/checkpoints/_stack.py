@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from reparam_export.affine import Tensor
 from reparam_export.checkpoints import Adapter, Checkpoint
@@ -55,17 +56,25 @@ def stacked(checkpoints: Sequence[Checkpoint], weights: Sequence[float] | None =
 
 
 def _base(members: Sequence[Checkpoint]) -> str | None:
-    """The one base that all name, or none of them. Raises CheckpointError."""
-    named = list(dict.fromkeys(m.base for m in members if m.base))
-    if len(named) > 1:
-        raise CheckpointError(
-            f"{members[-1].path}: these checkpoints name different bases: {', '.join(named)}; "
-            "state the one they are to be put on with --base"
-        )
+    """The base that the user named, else the one that all name, or none of them. Raises CheckpointError."""
     carried = [m.path for m in members[1:] if m.base_state]
     if carried:
         raise CheckpointError(f"{carried[0]}: brings a base of its own; it can only be the first of a stack")
-    return named[0] if named else None
+    stated = {_place(m.recipe.base): m.recipe.base for m in members if m.recipe.base}
+    named = stated or {_place(m.base): m.base for m in members if m.base}
+    if len(named) > 1:
+        raise CheckpointError(
+            f"{members[-1].path}: these checkpoints name different bases: {', '.join(map(str, named.values()))}; "
+            "state the one they are to be put on with --base"
+        )
+    return next(iter(named.values()), None)
+
+
+def _place(spec: str | None) -> str:
+    """A base spec that is the same for one folder, however it is written."""
+    scheme, _, argument = (spec or "").partition(":")
+    folder, mark, rest = argument.partition("?")
+    return f"hf:{Path(folder).resolve()}{mark}{rest}" if scheme == "hf" and Path(folder).is_dir() else str(spec)
 
 
 def _whole_tensors(members: Sequence[Checkpoint]) -> tuple[dict[str, Tensor], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,11 @@ CHECKPOINT = stack(
         metavar="FILE",
         multiple=True,
         type=click.Path(path_type=Path),
-        help="YAML/JSON settings or GLoRA paths.",
+        help="YAML/JSON settings or GLoRA paths; N:FILE for the Nth of a stack.",
     ),
-    click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="One setting, such as scale=0.5."),
+    click.option(
+        "--set", "settings", metavar="NAME=VALUE", multiple=True, help="One setting, such as scale=0.5, or 2:scale=0.5."
+    ),
     click.option(
         "--candidate", metavar="K", default=0, help="K-th best candidate of an evolution checkpoint; 0 is the best."
     ),
@@ -58,6 +61,14 @@ CHECKPOINT = stack(
         multiple=True,
         help="Input of a py: base: image=batch,3,64,64:float32.",
     ),
+    click.option(
+        "--adapter",
+        "adapters",
+        metavar="PATH[=WEIGHT]",
+        multiple=True,
+        help="Another checkpoint on top, in this order; may be repeated.",
+    ),
+    click.option("--weight", type=float, default=1.0, help="How much of CHECKPOINT's change to keep.  [1]"),
 )
 DTYPE = click.option(
     "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Storage of the fused weights; default: as the base's."
@@ -106,22 +117,58 @@ def recipe_of_call(
     settings: tuple[str, ...],
     candidate: int,
     input_specs: tuple[str, ...],
+    adapters: tuple[str, ...] = (),
+    weight: float = 1.0,
     dtype: str | None = None,
 ) -> Recipe:
+    """What the user gave, as the recipe of the first checkpoint with those of the others in it. Raises UsageError."""
     from reparam_export.checkpoints import Recipe
 
-    if base is not None:
-        base = _absolute_base(base)
-    return Recipe(
-        checkpoint=str(checkpoint.absolute()),
-        base=base,
+    stack = [(checkpoint, weight), *map(_weighted, adapters)]
+    configs, values = _of_each(tuple(map(str, config)), len(stack)), _of_each(settings, len(stack))
+    first, *others = (
+        Recipe(
+            checkpoint=str(path.absolute()),
+            config=tuple(str(Path(c).absolute()) for c in configs[n]),
+            settings=dict(_setting(text) for text in values[n]),
+            weight=kept,
+        )
+        for n, (path, kept) in enumerate(stack, 1)
+    )
+    return replace(
+        first,
+        base=None if base is None else _absolute_base(base),
         base_weights=None if base_weights is None else str(base_weights.absolute()),
-        config=tuple(str(c.absolute()) for c in config),
-        settings=dict(_setting(text) for text in settings),
         candidate=candidate,
         inputs=input_specs,
         dtype=dtype,
+        others=tuple(others),
     )
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """``PATH`` or ``PATH=WEIGHT``; a path may hold ``=``."""
+    path, equals, number = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(number)
+    except ValueError:
+        raise UsageError(
+            f"--adapter {text!r}: no such file, and {number!r} is no weight; expected PATH or PATH=WEIGHT"
+        ) from None
+
+
+def _of_each(given: tuple[str, ...], count: int) -> dict[int, list[str]]:
+    """For each checkpoint of the stack, from 1 on, what is given for it: with its number and a colon in front, 1 without."""
+    found: dict[int, list[str]] = {n: [] for n in range(1, count + 1)}
+    for text in given:
+        number, colon, rest = text.partition(":")
+        own = colon and number.isdecimal() and not Path(text).exists()
+        if own and int(number) not in found:
+            raise UsageError(f"{text!r}: is for checkpoint {number} of the stack, which has {count}")
+        found[int(number) if own else 1].append(rest if own else text)
+    return found
 
 
 def _absolute_base(base: str) -> str:

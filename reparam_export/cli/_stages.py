@@ -21,9 +21,12 @@ SHOWN = 5  # created biases named one by one
 def fuse_stage(console: Console, recipe: Recipe, folder: Path) -> None:
     from reparam_export import fuse as fuse_weights
     from reparam_export.folder import save_fused
+    from reparam_export.inspection import in_order
 
     with console.stage("fuse") as advance:
         checkpoint = recipe.read()
+        for line in in_order(checkpoint.describe()["stack"]):
+            console.line(line)
         for note in checkpoint.notes:
             console.line(f"note: {note}")
         weights = fuse_weights(checkpoint, recipe.dtype, advance)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from reparam_export.report.evidence import Evidence
 from reparam_export.report.numbers import count, number, percent, plural, quantity, signed, size
-from reparam_export.report.statement import failures, headline, ran_sentence, same_class, verdict
+from reparam_export.report.statement import checkpoint_facts, failures, headline, ran_sentence, same_class, verdict
 from reparam_export.verification.certificate import Certificate, GraphEvidence, LayerEvidence
 
 MARKS = {"exact": "✅", "rounded": "✅", "wrong": "❌", "unproven": "⚠️"}
@@ -20,7 +20,7 @@ def markdown(evidence: Evidence) -> str:
     certificate = evidence.certificate
     parts = [f"### {MARKS[verdict(evidence)]} {prose(headline(evidence))}", _failed(evidence)]
     if certificate is not None:
-        parts += [_proof_table(certificate), _output_table(evidence)]
+        parts += [_proof_table(certificate, evidence), _output_table(evidence)]
     parts.append(_artifact_table(evidence))
     if certificate is not None:
         parts += [_layer_details(certificate), _graph_details(certificate.graph)]
@@ -63,11 +63,15 @@ def _failed(evidence: Evidence) -> str:
     return "\n".join(lines)
 
 
-def _proof_table(certificate: Certificate) -> str:
+def _proof_table(certificate: Certificate, evidence: Evidence) -> str:
     layers, carried, graph = certificate.layers, certificate.carried, certificate.graph
     exact = sum(layer.verdict == "exact" for layer in layers)
     wrong = sum(not layer.passed for layer in layers)
+    stack = [
+        (name, code(str(fact))) for name, fact in checkpoint_facts(evidence).items() if name.endswith("of the stack")
+    ]
     rows = [
+        *stack,
         ("Layers", f"{exact} exact, {len(layers) - exact - wrong} rounded, {wrong} wrong, of {len(layers)}"),
         ("Change kept by the storage format", percent(certificate.survival)),
         ("Untouched tensors", f"{carried.equal} of {carried.compared} equal, {len(carried.replaced)} replaced"),
@@ -176,7 +180,7 @@ def _branch_details(evidence: Evidence) -> str:
 def _provenance(evidence: Evidence) -> str:
     fused, certificate = evidence.fused, evidence.certificate
     rows = [("weights", str(fused["weights_sha256"])), ("computed in", str(fused.get("compute", "not recorded")))]
-    rows += [(f"checkpoint {key}", _flat(value)) for key, value in fused["checkpoint"].items()]
+    rows += [(f"checkpoint {key}", _flat(value)) for key, value in checkpoint_facts(evidence).items()]
     rows += [(f"base {key}", _flat(value)) for key, value in fused["base"].items()]
     if certificate is not None:
         rows += [("seed", str(certificate.seed)), ("samples", _flat(certificate.samples))]

@@ -11,6 +11,7 @@ from reparam_export.report.branches import TONES, branch_names, branch_plot, num
 from reparam_export.report.evidence import Evidence
 from reparam_export.report.plots import OUTPUTS_DRAWN, layer_plot, output_plot
 from reparam_export.report.statement import (
+    checkpoint_facts,
     failures,
     headline,
     ran_sentence,
@@ -145,7 +146,7 @@ def _provenance(evidence: Evidence) -> list[tuple[str, list[tuple[str, str]]]]:
     weights |= {"tensors changed": len(fused["changed"]), "biases created": fused["created"]}
     weights |= {"fused in": f"{numbers.number(fused['seconds'])} s" if _is_number(fused.get("seconds")) else None}
     groups: list[tuple[str, dict[str, Any]]] = [
-        ("Checkpoint", fused["checkpoint"]),
+        ("Checkpoint", checkpoint_facts(evidence)),
         ("Base", fused["base"]),
         ("Fused weights", weights),
     ]

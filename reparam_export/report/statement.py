@@ -40,6 +40,18 @@ def headline(evidence: Evidence) -> str:
     return f"Proven: {'; '.join(part for part in parts if part)}"
 
 
+def checkpoint_facts(evidence: Evidence) -> dict[str, object]:
+    """What the record says of the checkpoint; those of a stack one by one, in the order they act."""
+    facts = dict(evidence.fused["checkpoint"])
+    stack = facts.pop("stack", None)
+    members = [each for each in stack if isinstance(each, dict)] if isinstance(stack, list) else []
+    for place, member in enumerate(members, 1):
+        facts[f"{place} of the stack"] = (
+            f"{member.get('path')} ({member.get('format')}), weight {member.get('weight')}, sha256 {member.get('sha256')}"
+        )
+    return facts
+
+
 def failures(evidence: Evidence) -> Iterator[str]:
     """What failed, the most telling first: layers, outputs, carried tensors, graph, artefacts."""
     certificate = evidence.certificate

@@ -216,7 +216,9 @@ def evaluator(evaluate: Evaluate, workers: int) -> Iterator[EvaluateAll]:
     from concurrent.futures import ProcessPoolExecutor
 
     context = multiprocessing.get_context("spawn")  # a fork of a process that runs threads can hang
-    copy = pickle.dumps(evaluate)  # as bytes: torch would share its tensors between the processes, which write into them
+    copy = pickle.dumps(
+        evaluate
+    )  # as bytes: torch would share its tensors between the processes, which write into them
     with ProcessPoolExecutor(workers, context, _take, (copy,)) as pool:
         yield lambda candidates: pool.map(_evaluate_here, candidates)
 

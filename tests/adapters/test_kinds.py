@@ -12,7 +12,7 @@ import torch
 
 import reparam_export as rx
 from reparam_export import plugins
-from reparam_export.adapters import kind
+from reparam_export.adapters import Step, fused, kind, unfused
 from reparam_export.affine import Affine, map_tensors, tensors_of, to_dtype
 from reparam_export.checkpoints import NATIVE, Adapter
 from reparam_export.checkpoints.native import to_plain
@@ -150,3 +150,31 @@ def test_clean_adapters_never_fail(name: str, dtype: torch.dtype) -> None:
         for limit in (2**35, 0):  # read out, and probed
             evidence = prove_layer(module, Adapter("layer", name, params), tensors, seed=seed, limit=limit)
             assert evidence.verdict == "exact", (seed, limit, evidence)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("tokens", "probed")])
+def test_clean_stacks_never_fail(name: str) -> None:
+    """A kind between one that adds to the weight and one that reads all of it, each with a weight of its own."""
+    for seed in range(8):
+        out, inn = SIZES[seed % len(SIZES)]
+        out = even(name, out)
+        module = torch.nn.Linear(inn, out, bias=seed % 2 == 0)
+        layer = Affine(module.weight.detach().double(), None if module.bias is None else module.bias.detach().double())
+        names = (("lora", name, "dora"), ("dora", name), (name, "hydra"), (name, name))[seed % 4]
+        stack = [
+            (n, to_dtype(kind(n).example(seed + i, layer), torch.float32), (1.0, 0.5, -2.0)[i])
+            for i, n in enumerate(names)
+        ]
+        steps = [Step(kind(n), to_dtype(p, torch.float64), weight=w) for n, p, w in stack]
+        folded = fused(layer, steps)
+        x = torch.randn(3, inn, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(folded(x), unfused(layer, steps)(x), rtol=1e-10, atol=1e-10)
+        tensors = {"layer.weight": folded.weight.float()}
+        if folded.bias is not None:
+            tensors["layer.bias"] = folded.bias.float()
+        adapters = [Adapter("layer", n, p, weight=w) for n, p, w in stack]
+        for limit in (2**35, 0):
+            evidence = prove_layer(module, adapters, tensors, seed=seed, limit=limit)
+            assert evidence.verdict == "exact", (seed, limit, evidence)
+            broken = tensors | {"layer.weight": tensors["layer.weight"] * (1 + 1e-5)}
+            assert prove_layer(module, adapters, broken, seed=seed, limit=limit).verdict == "wrong"

@@ -222,7 +222,8 @@ def test_a_folder_without_peft_installed_says_what_to_install(tmp_path: Path, mo
 
 
 def test_only_one_reader_takes_a_folder() -> None:
-    from reparam_export.checkpoints import Settings, Source
+    from reparam_export.checkpoints import Source
+    from reparam_export.checkpoints._settings import Settings
 
     for kind in peft.PeftType:
         tensors = {"base_model.model.fc.glora_A.X": torch.ones(1)} if kind.value == "GLORA" else {}

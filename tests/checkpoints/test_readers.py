@@ -43,6 +43,7 @@ def test_every_format_is_recognised_by_its_keys(case: Case) -> None:
         "glora_llama": "glora_fork",
         "repadapter_vit": "repadapter",
         "repadapter_linear": "repadapter",
+        "ssf_vit": "ssf",
     }
     assert case.read().format == expected.get(case.name, "peft_lora")
 
