@@ -18,6 +18,7 @@ from reparam_export.assembly import base_of, tied_names, with_replaced
 from reparam_export.checkpoints import Adapter, Checkpoint
 from reparam_export.errors import CheckpointError, FusionError, SharedWeightError, TensorMismatchError
 from reparam_export.layouts import affine_of, layout_of, stored
+from reparam_export.rounding import round_once
 
 if TYPE_CHECKING:
     import torch
@@ -179,11 +180,11 @@ def fold_module(
         raise FusionError(f"{name}: the adapter adds a bias, and an embedding has no place for one")
     old_weight = target.get_parameter("weight")
     dtype = storage or old_weight.dtype
-    weight = stored(whole.weight, layout, old_weight.shape).to(dtype)
+    weight = round_once(stored(whole.weight, layout, old_weight.shape), dtype)
     new = {f"{name}.weight": weight}
     if whole.bias is not None:
         old = getattr(target, "bias", None)
-        bias = whole.bias.to(dtype if old is None or storage else old.dtype).contiguous()
+        bias = round_once(whole.bias, dtype if old is None or storage else old.dtype).contiguous()
         if old is None or base.bias is None or not torch.equal(base.bias, whole.bias):
             new[f"{name}.bias"] = bias
     before, after = base.bias, whole.bias
@@ -270,7 +271,7 @@ def _insert(whole: Affine, part: Affine, rows: tuple[int, int] | None) -> Affine
 
 
 def _cast(name: str, tensor: Tensor, storage: torch.dtype | None) -> Tensor:
-    return tensor.to(storage) if storage and tensor.is_floating_point() else tensor
+    return round_once(tensor, storage) if storage and tensor.is_floating_point() else tensor
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ PACKAGE = Path(reparam_export.__file__).parent
 ROOT = PACKAGE.parent
 # fmt: off
 ORDER = [  # a room imports itself and what stands before it; nobody imports training
-    "errors", "affine", "plugins", "files", "adapters", "checkpoints", "layouts", "state", "models", "bases",
+    "errors", "affine", "plugins", "files", "adapters", "checkpoints", "layouts", "rounding", "state", "models", "bases",
     "assembly", "training", "fusion", "verification", "folder", "exporters", "latency", "report", "console",
     "inspection", "cli", "__main__",
 ]

@@ -2,6 +2,9 @@
 
 ``apply`` is the specification: the unfused forward, transcribed from the paper. ``fuse`` is the claim: the closed form.
 Both see ``Affine`` maps and the kind's own ``Params`` only, never a model or a tensor name of a file.
+
+``low_rank`` is optional: the closed form by its factors, by which a layer larger than memory is folded a few rows at a time. There
+``base.weight`` may be a matrix on disk that only knows ``@``, from either side, and its ``shape``.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 from typing import Any, Protocol, cast
 
 from reparam_export import plugins
-from reparam_export.affine import Affine, Tensor
+from reparam_export.affine import Affine, LowRank, Tensor
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -35,6 +38,12 @@ class Kind(Protocol):
 
     def describe(self, p: Any) -> dict[str, Any]:
         """The settings a reader wants to see: rank, scale, path, branches."""
+
+
+def low_rank(name: str, base: Affine, p: Any) -> LowRank | None:
+    """The factors of a fused layer; None for a kind that has none, or none for these Params."""
+    found = getattr(kind(name), "low_rank", None)
+    return None if found is None else cast("LowRank | None", found(base, p))
 
 
 def kind(name: str) -> Kind:

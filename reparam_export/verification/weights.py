@@ -16,6 +16,7 @@ from reparam_export.adapters import Kind, kind
 from reparam_export.affine import Affine, map_tensors
 from reparam_export.checkpoints import Adapter
 from reparam_export.layouts import affine_of, layout_of, matrix
+from reparam_export.rounding import round_once
 from reparam_export.verification.certificate import CarriedEvidence, LayerEvidence, Verdict
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class _Tally:
         error = (stored.double() - true).abs()
         unsure = unsure.clamp_max(self.ceiling)  # beyond it, cancellation inside the adapter leaves nothing to prove
         half = half_ulp(true, stored.dtype)
-        same = stored == true.to(stored.dtype)
+        same = stored == round_once(true, stored.dtype)
         self.exact += int(same.sum())
         self.undecided |= bool((~same & ~(error <= half + unsure)).any())
         # faithful rounding: one of the two neighbours of the exact value
@@ -247,9 +248,9 @@ def uncovered(module: nn.Module, adapters: Sequence[Adapter], tensors: Mapping[s
     bias = torch.zeros(len(weight), dtype=torch.float64) if base.bias is None else base.bias
     found = tensors.get(f"{name}.bias", torch.zeros(len(weight), dtype=weight.dtype))
     different = []
-    if not torch.equal(weight[free], base.weight[free].to(weight.dtype)):
+    if not torch.equal(weight[free], round_once(base.weight[free], weight.dtype)):
         different.append(f"{name}.weight: rows outside the adapted ones differ")
-    if not torch.equal(found[free], bias[free].to(found.dtype)):
+    if not torch.equal(found[free], round_once(bias[free], found.dtype)):
         different.append(f"{name}.bias: rows outside the adapted ones differ")
     return different
 
@@ -288,7 +289,7 @@ def prove_carried(
         compared += 1
         expected = replaced.get(name, tensor)
         if expected.is_floating_point():
-            expected = expected.to(tensor.dtype).to(fused[name].dtype)
+            expected = round_once(expected.to(tensor.dtype), fused[name].dtype)
         if not torch.equal(expected, fused[name]):
             different.append(f"{name}: differs")
     return CarriedEvidence(compared, max(0, compared - len(different)), tuple(sorted(replaced)), tuple(different))
