@@ -14,6 +14,7 @@ from typing import Any
 
 from reparam_export.errors import CheckpointError
 
+SINGLE = ("model.safetensors", "pytorch_model.bin")  # of a Hugging Face folder, or with .index.json and shards
 PICKLES = (".pt", ".pth", ".bin", ".pth.tar", ".ckpt")
 
 
@@ -100,6 +101,50 @@ def sha256(path: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """blake3 of a file, or of all files of a folder with their names: faster than the disk, so a model's own weights can be told apart too."""
+    from blake3 import blake3
+
+    if path.is_file():
+        return str(blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest())
+    digest = blake3()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path)}\0{fingerprint(file)}\0".encode())
+    return str(digest.hexdigest())
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Every tensor of a Hugging Face folder and its file; the one file of a folder without index stands under the name "".
+
+    Raises CheckpointError for a folder without full weights, an index that is none or names files elsewhere, and a shard that is missing.
+    """
+    for name in SINGLE:
+        if (folder / name).is_file():
+            return {"": folder / name}
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _indexed(index)
+    raise CheckpointError(
+        f"{folder}: expected the full weights: {' or '.join(SINGLE)}, or their shards and index; found none; "
+        "an adapter folder is not a base: give the folder of the base"
+    )
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    entries = read_json(index).get("weight_map")
+    if not isinstance(entries, dict) or not entries:
+        raise CheckpointError(f"{index}: expected a weight_map of tensor names and shards")
+    for shard in entries.values():
+        plain_shard_name(shard, index)
+    files = {str(name): index.parent / shard for name, shard in entries.items()}
+    missing = sorted({file.name for file in files.values() if not file.is_file()})
+    if missing:
+        raise CheckpointError(
+            f"{index}: {len(missing)} shard(s) are missing, first {missing[0]}; the download is incomplete, fetch it again"
+        )
+    return files
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,14 +63,22 @@ class FusedWeights(Mapping[str, "Tensor"]):
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over name, dtype, shape and bytes of every tensor, in the order of the names."""
+    """sha256 over name, dtype, shape and blake3 of the bytes of every tensor, in the order of the names."""
     import torch
+    from blake3 import blake3
 
+    def of(tensor: Tensor) -> bytes:
+        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return blake3(max_threads=blake3.AUTO).update(raw.data).digest()
+
+    return digest_of((name, str(t.dtype), tuple(t.shape), of(t)) for name, t in tensors.items())
+
+
+def digest_of(tensors: Iterable[tuple[str, str, tuple[int, ...], bytes]]) -> str:
+    """The same from names, torch's dtypes, shapes and blake3 digests."""
     total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous()
-        total.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for name, dtype, shape, content in sorted(tensors):
+        total.update(f"{name}\0{dtype}\0{shape}\0".encode() + content)
     return total.hexdigest()
 
 
@@ -88,7 +96,7 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | No
     storage = getattr(torch, DTYPES[dtype]) if dtype else None
     state, aliases = own_state(module)
     _check_shared(module, checkpoint)
-    _check_covered(module, checkpoint)
+    check_covered([name for name, part in module.named_modules() if "weight" in part._parameters], checkpoint)
     new: dict[str, Tensor] = {}
     moved = False
     modules = by_module(checkpoint)
@@ -126,12 +134,11 @@ def _folded(
         raise FusionError(f"{name}: the adapter cannot be folded: {type(error).__name__}: {error}") from error
 
 
-def _check_covered(module: nn.Module, checkpoint: Checkpoint) -> None:
+def check_covered(names: list[str], checkpoint: Checkpoint) -> None:
     """Every module that the training code adapts has its adapter, and a list of paths met the layers in their order.
 
-    Raises TensorMismatchError, CheckpointError.
+    names: of the base's modules with a weight, in the model's order. Raises TensorMismatchError, CheckpointError.
     """
-    names = [name for name, part in module.named_modules() if "weight" in part._parameters]
     touched = {a.module for a in checkpoint.adapters}
     missing = [name for name in checkpoint.covers(names) if name not in touched]
     if missing:
@@ -169,13 +176,7 @@ def fold_module(
     target = touched_module(module, name)
     layout = layout_of(name, target)
     base = affine_of(target, layout, torch.float64)
-    whole = base
-    for adapter in adapters:
-        part = base.rows(*adapter.rows) if adapter.rows else base
-        of_kind = kind(adapter.kind)
-        check_shapes(name, part, adapter)
-        folded = of_kind.fuse(part, map_tensors(adapter.params, lambda t: t.to(torch.float64)))
-        whole = _insert(whole, folded, adapter.rows)
+    whole = fold_affine(name, base, adapters)
     if whole.bias is not None and layout == "embedding":
         raise FusionError(f"{name}: the adapter adds a bias, and an embedding has no place for one")
     old_weight = target.get_parameter("weight")
@@ -190,6 +191,19 @@ def fold_module(
     before, after = base.bias, whole.bias
     same_bias = before is after if before is None or after is None else torch.equal(before, after)
     return new, not (same_bias and torch.equal(base.weight, whole.weight))
+
+
+def fold_affine(name: str, base: Affine, adapters: list[Adapter]) -> Affine:
+    """One touched layer in float64 torch tensors, every adapter folded in."""
+    import torch
+
+    whole = base
+    for adapter in adapters:
+        part = base.rows(*adapter.rows) if adapter.rows else base
+        check_shapes(name, part, adapter)
+        folded = kind(adapter.kind).fuse(part, map_tensors(adapter.params, lambda t: t.to(torch.float64)))
+        whole = _insert(whole, folded, adapter.rows)
+    return whole
 
 
 def touched_module(module: nn.Module, name: str) -> nn.Module:

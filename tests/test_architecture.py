@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 # fmt: off
 ORDER = [  # a room imports itself and what stands before it; nobody imports training
     "errors", "affine", "plugins", "files", "adapters", "checkpoints", "layouts", "rounding", "state", "models", "bases",
-    "assembly", "training", "fusion", "verification", "folder", "exporters", "latency", "report", "console",
+    "hf_folder", "assembly", "training", "fusion", "verification", "streaming", "folder", "exporters", "latency", "report", "console",
     "inspection", "cli", "__main__",
 ]
 # fmt: on

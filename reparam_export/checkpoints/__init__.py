@@ -25,11 +25,13 @@ from reparam_export.checkpoints._settings import Settings, read_settings
 from reparam_export.errors import CheckpointError, MissingSettingError, TensorMismatchError, UnknownFormatError
 from reparam_export.files import (
     PICKLES,
+    fingerprint,
     flat_tensors,
     load_pickle,
     load_safetensors,
     read_json,
     sha256,
+    weight_files,
 )
 
 NATIVE = "reparam-export/1"
@@ -65,19 +67,24 @@ class Recipe:
     inputs: tuple[str, ...] = ()
     dtype: str | None = None
 
-    def read(self) -> Checkpoint:
-        """The checkpoint. Raises CheckpointError and its kin."""
+    def read(self, *, numpy: bool = False) -> Checkpoint:
+        """The checkpoint; numpy: without torch where the file allows. Raises CheckpointError and its kin."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("checkpoint", "dtype")}
-        return read(self.checkpoint, **given)
+        return read(self.checkpoint, **given, numpy=numpy)
 
-    def digests(self) -> dict[str, str]:
-        """sha256 of every file the result depends on."""
-        files = [self.checkpoint, *self.config, *([self.base_weights] if self.base_weights else [])]
+    def files(self) -> list[Path]:
+        """Every file or folder that the result depends on; of a base's folder its config and its weights."""
+        files = [Path(f) for f in (self.checkpoint, *self.config, *([self.base_weights] if self.base_weights else []))]
         scheme, _, argument = (self.base or "").partition(":")
         place = Path(argument.rpartition(":")[0] if scheme == "py" else argument.partition("?")[0])
-        if scheme in ("hf", "py") and place.exists():
-            files.append(str(place))
-        return {name: sha256(Path(name)) for name in files}
+        if scheme == "hf" and place.is_dir():
+            own = [] if self.base_weights else list(dict.fromkeys(weight_files(place).values()))
+            return [*files, *(f for f in (place / "config.json", *own) if f.is_file())]
+        return [*files, place] if scheme in ("hf", "py") and place.exists() else files
+
+    def digests(self) -> dict[str, str]:
+        """The fingerprint of each of these."""
+        return {str(path): fingerprint(path) for path in self.files()}
 
 
 @dataclass(frozen=True)
@@ -214,17 +221,18 @@ def read(
     candidate: int = 0,
     inputs: Sequence[str] = (),
     inspecting: bool = False,
+    numpy: bool = False,
 ) -> Checkpoint:
     """Read a checkpoint file or PEFT folder.
 
     base: base spec (``timm:NAME?kw=value``, ``hf:FOLDER``, ``py:FILE.py:FUNCTION``, ``open_clip:NAME``) where the checkpoint names none.
     base_weights: file with the base's state. config, settings, candidate: what the checkpoint itself does not say.
-    inputs: input specs for ``py:`` bases. inspecting: read safetensors without torch and collect missing settings.
+    inputs: input specs for ``py:`` bases. numpy: read safetensors without torch; inspecting: that, and collect missing settings.
     Raises CheckpointError and its kin (exit code 3), UsageError.
     """
     config = [config] if isinstance(config, str | Path) else list(config)
     given = read_settings([Path(c) for c in config], settings, candidate, lenient=inspecting)
-    source = open_source(Path(path), given, base_given=base is not None, numpy=inspecting)
+    source = open_source(Path(path), given, base_given=base is not None, numpy=inspecting or numpy)
     name, fmt = recognise(source)
     parts = _read(fmt, source)
     given.check_all_used(name)

@@ -9,26 +9,104 @@ from reparam_export.cli._options import batch_sizes
 from reparam_export.errors import EquivalenceError, ReparamError
 
 if TYPE_CHECKING:
-    from reparam_export.checkpoints import Recipe
+    from reparam_export.checkpoints import Checkpoint, Recipe
     from reparam_export.console import Console
     from reparam_export.exporters.artifact import Artifact
     from reparam_export.report import Report
+    from reparam_export.streaming import Plan
     from reparam_export.verification import VerifiedModel
 
 
-def fuse_stage(console: Console, recipe: Recipe, folder: Path) -> None:
+def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool = False, dry_run: bool = False) -> None:
+    """Shard by shard when the base is a Hugging Face folder and every kind can be, else in memory. Says which, and why."""
+    from reparam_export.streaming import NotStreamableError, plan_of
+
+    checkpoint = recipe.read(numpy=True)
+    for note in checkpoint.notes:
+        console.line(f"note: {note}")
+    plan = None
+    if str(checkpoint.base).startswith("hf:"):
+        try:
+            plan = plan_of(checkpoint, recipe.dtype)
+        except NotStreamableError as reason:
+            console.line(f"note: folded in memory, not shard by shard: {reason}")
+            check_memory(checkpoint, str(reason))
+    if plan is not None:
+        stream_stage(console, plan, recipe, folder, resume=resume, dry_run=dry_run)
+    elif not dry_run:
+        memory_stage(console, recipe, folder)
+    else:
+        console.line(f"plan: {len(checkpoint.adapters)} adapters, folded in memory into {folder / 'fused.safetensors'}; nothing was written")
+
+
+def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, resume: bool, dry_run: bool) -> None:
+    from reparam_export.folder import save_streamed
+    from reparam_export.report.numbers import percent, size
+    from reparam_export.streaming import expected, stream
+
+    found = expected(plan, folder)
+    console.line(
+        f"plan: {len(plan.shards)} shards, {size(plan.size)} into {folder / 'hf'}; {found['touched']} weights are folded, "
+        f"{found['entries'] / 1e9:.2f} G entries"
+    )
+    console.line(
+        f"plan: about {found['seconds']:.0f} s of folding on {found['cores']} cores, at most {size(found['memory'])} of memory; "
+        f"{size(found['free'])} of disk are free"
+    )
+    for name in plan.created:
+        console.line(f"added: {name}, a bias that the base does not have")
+    for name in plan.untied:
+        console.line(f"untied: {name}, which was one tensor with the embeddings, is written on its own")
+    for name, value in plan.corrected.items():
+        console.line(f"config.json: {name} = {str(value).lower()}")
+    if dry_run:
+        console.result(found)
+        return
+    with console.stage("fuse") as advance:
+        record = stream(plan, folder, lambda r: save_streamed(r, plan.checkpoint, recipe), resume=resume, advance=advance)
+    console.line(f"fused {len(plan.checkpoint.adapters)} adapters into {len(record['changed'])} tensors: every stored entry proven")
+    kept = record["survival"]
+    console.line(f"kept: {percent(kept['overall'])} of the adapter's change by the storage format, {percent(kept['least'])} in the least layer")
+
+
+def memory_stage(console: Console, recipe: Recipe, folder: Path) -> None:
     from reparam_export import fuse as fuse_weights
     from reparam_export.folder import save_fused
 
     with console.stage("fuse") as advance:
         checkpoint = recipe.read()
-        for note in checkpoint.notes:
-            console.line(f"note: {note}")
         weights = fuse_weights(checkpoint, recipe.dtype, advance)
         save_fused(folder, checkpoint, weights)
     console.line(f"fused {len(checkpoint.adapters)} adapters into {len(weights.changed)} tensors")
     for name in weights.created:
         console.line(f"added: {name}, a bias that the base does not have")
+
+
+def check_memory(checkpoint: Checkpoint, reason: str) -> None:
+    """Raises FusionError when a model that cannot be streamed would not fit into memory either."""
+    from reparam_export.errors import FusionError
+    from reparam_export.files import weight_files
+    from reparam_export.hf_folder import folder_of
+
+    source = folder_of(checkpoint.base)
+    files = set(weight_files(source).values()) if source is not None else set()
+    needed = 3 * sum(file.stat().st_size for file in files)  # base, result, and a layer in float64 among them
+    available = available_memory()
+    if available is not None and needed > available:
+        raise FusionError(
+            f"{checkpoint.path}: cannot be folded shard by shard ({reason}), and folding in memory needs about {needed / 1e9:.0f} GB, "
+            f"of which {available / 1e9:.0f} GB are free; nothing was written. Fold it on a machine with more memory"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that may still be used, where the system says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
 
 
 def verify_stage(console: Console, folder: Path, inputs: Path | None, count: int, seed: int) -> VerifiedModel:

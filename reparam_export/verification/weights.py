@@ -162,6 +162,7 @@ def read_out(exact: Exact, stored: Affine) -> dict[str, Any]:
         "max_error": tally.error,
         "bound_ratio": tally.ratio,
         "survival": kept / changed if changed > 0 else 1.0,
+        "change": changed,
         "verdict": verdict,
         "worst": tally.worst,
     }
@@ -212,6 +213,7 @@ def probe(exact: Exact, stored: Affine, seed: int) -> dict[str, Any]:
         "max_error": tally.error,
         "bound_ratio": max(tally.ratio, float(ratio.max())),
         "survival": kept / changed if changed > 0 else 1.0,
+        "change": changed,
         "verdict": "wrong" if parted or tally.ratio > 1 else "rounded" if tally.undecided else "exact",
         "probes": PROBES,
         "detectable": float((bound.amax(dim=0) / quantile / norms).max()),

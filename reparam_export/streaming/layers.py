@@ -1,0 +1,202 @@
+"""One touched module: folded, proven and written, some rows at a time where its kinds have factors, else as a whole in float64."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from reparam_export.adapters import kind
+from reparam_export.affine import Affine, map_tensors
+from reparam_export.errors import EquivalenceError, FusionError
+from reparam_export.fusion import fold_affine
+from reparam_export.streaming.formats import FORMATS, Array, Format, finite, refuse_overflow, rounded, wide
+from reparam_export.streaming.forms import Form, PartedError, Touched, form_of, format_of
+from reparam_export.streaming.rows import PROBES, SPAN, Fault, Fold, Tally, Workspace, fold_rows
+from reparam_export.streaming.rows import workspace as new_workspace
+from reparam_export.verification.certificate import LayerEvidence
+
+MISS = 1e-6
+Write = Callable[[str, int, Array], None]  # (tensor name, bytes from its start, raw values)
+
+
+@dataclass
+class Buffers:
+    """Workspaces of one thread, by what they fit."""
+
+    kept: dict[tuple[Any, ...], Workspace] = field(default_factory=dict)
+
+    def of(self, fold: Fold) -> Workspace:
+        key = (fold.values.shape[1], fold.probes.dtype, fold.target)
+        if key not in self.kept or self.kept[key].rows < min(len(fold.values), self.kept[key].rows):
+            self.kept.clear()  # one at a time: memory stays small
+            self.kept[key] = new_workspace(fold)
+        return self.kept[key]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What one module gave. ``bias``: the whole fused bias, rounded; None without one."""
+
+    evidence: LayerEvidence
+    bias_changed: bool
+
+
+def fold_layer(
+    touched: Touched, targets: Mapping[str, Format], write: Write, buffers: Buffers, seed: int
+) -> Folded:
+    """Fold one module and write its weight and its bias, those of them that ``targets`` names, in that format.
+
+    Raises EquivalenceError (with the evidence of this layer) and FusionError.
+    """
+    try:
+        form = form_of(touched, seed)
+        if form is None:
+            return _whole(touched, targets, write, seed)
+        tally = _weight(touched, form, targets, write, buffers, seed)
+        changed = _bias(touched, form.bias, targets, write)
+    except Fault as fault:
+        raise refusal(touched, [fault.row, fault.column], fault.expected, fault.found, fault.ratio, transposed=touched.transposed) from fault
+    except PartedError as parted:
+        raise refusal(touched, [parted.row], parted.expected, parted.found, parted.ratio, tensor="output row") from parted
+    except (TypeError, ValueError, IndexError, AttributeError, KeyError, OverflowError, ArithmeticError) as error:
+        raise FusionError(f"{touched.module}: the adapter cannot be folded: {type(error).__name__}: {error}") from error
+    return Folded(evidence_of(touched, targets, tally, form), changed)
+
+
+def _weight(
+    touched: Touched, form: Form, targets: Mapping[str, Format], write: Write, buffers: Buffers, seed: int
+) -> Tally:
+    name = f"{touched.module}.weight"
+    source = format_of(touched.weight)
+    fold = Fold.of(touched.weight.values(), source, targets.get(name, source), (form.added, form.gates), seed)
+    if name not in targets:
+        return fold.tally
+    work = buffers.of(fold)
+    rows, columns = fold.values.shape
+    step = work.rows * SPAN
+    try:
+        for start in range(0, rows, step):
+            write(name, start * columns * fold.target.size, fold_rows(fold, work, start, min(start + step, rows)))
+    except FusionError as error:
+        raise refuse_overflow(name, fold.target) from error
+    return fold.tally
+
+
+def _bias(touched: Touched, bias: Array | None, targets: Mapping[str, Format], write: Write) -> bool:
+    """Write the fused bias; whether it is another than the base's."""
+    name = f"{touched.module}.bias"
+    if bias is None:
+        return False
+    before = touched.bias64()
+    if name in targets:
+        raw = rounded(bias, targets[name])
+        if not finite(raw, targets[name]):
+            raise refuse_overflow(name, targets[name])
+        write(name, 0, raw)
+    return before is None or not np.array_equal(before, bias)
+
+
+def evidence_of(touched: Touched, targets: Mapping[str, Format], tally: Tally, form: Form) -> LayerEvidence:
+    """The numbers of a weight that was folded by rows. All of its entries are proven to be correctly rounded, or it would have failed."""
+    entries = math.prod(touched.weight.shape) if f"{touched.module}.weight" in targets else 0
+    entries += touched.shape[0] if f"{touched.module}.bias" in targets and form.bias is not None else 0
+    norm = math.sqrt(tally.norm / max(1, len(touched.weight.values()))) or 1.0
+    return LayerEvidence(
+        module=touched.module,
+        kind=touched.kinds,
+        tensors=tuple(targets),
+        shape=touched.shape,
+        dtype=next(iter(targets.values())).torch,
+        method="probes",
+        entries=entries,
+        exact_entries=entries,
+        max_error=tally.error,
+        bound_ratio=max(tally.ratio, tally.probe_ratio, form.ratio),
+        survival=tally.kept / tally.changed if tally.changed > 0 else 1.0,
+        verdict="exact",
+        probes=PROBES,
+        detectable=tally.detectable / QUANTILE / norm,
+        change=tally.changed,
+    )
+
+
+# |N(0, 1)| is below it with chance MISS ** (1 / PROBES) = 0.0316
+QUANTILE = 0.03964
+
+
+def refusal(
+    touched: Touched, index: list[int], expected: float, found: float, ratio: float, *, tensor: str = "weight", transposed: bool = False
+) -> EquivalenceError:
+    """The error for a layer that is not the trained one."""
+    worst = {"tensor": tensor, "index": index, "expected": expected, "found": found}
+    evidence = LayerEvidence(
+        touched.module, touched.kinds, (f"{touched.module}.weight",), touched.shape, touched.weight.code, "probes", 0, 0,
+        abs(found - expected), ratio, 0.0, "wrong", PROBES, 0.0, worst,
+    )  # fmt: skip
+    return EquivalenceError(
+        f"{touched.module} ({touched.kinds}) is not the trained layer: {tensor}{index} is {found!r}, the exact value is {expected!r}, "
+        f"{ratio:.3g} times the rounding bound; nothing was kept",
+        layer=touched.module,
+        evidence=evidence,
+    )
+
+
+def _whole(touched: Touched, targets: Mapping[str, Format], write: Write, seed: int) -> Folded:
+    """A kind without factors: the whole layer in float64, as ``fuse`` in memory does it, and the same proof."""
+    import torch
+
+    from reparam_export.rounding import round_once
+    from reparam_export.streaming.forms import array64
+    from reparam_export.verification.weights import EXHAUSTIVE_LIMIT, Exact, probe, read_out
+
+    source = format_of(touched.weight)
+    values = wide(touched.weight.values(), source)
+    matrix = torch.from_numpy(values.T if touched.transposed else values)
+    bias = touched.bias64()
+    base = Affine(matrix, None if bias is None else torch.from_numpy(bias))
+    adapters = [a.__class__(a.module, a.kind, map_tensors(a.params, lambda t: torch.from_numpy(array64(t))), a.rows) for a in touched.adapters]
+    fused = fold_affine(touched.module, base, adapters)
+    names = (f"{touched.module}.weight", f"{touched.module}.bias")
+    target = targets.get(names[0], source)
+    weight = round_once(fused.weight, getattr(torch, target.torch))
+    stored = Affine(weight, None if fused.bias is None else round_once(fused.bias, getattr(torch, targets.get(names[1], target).torch)))
+    out, inn = touched.shape
+    numbers: list[dict[str, Any]] = []
+    for adapter in adapters:
+        part = slice(*adapter.rows) if adapter.rows else slice(0, out)
+        exact = Exact(kind(adapter.kind), base.rows(part.start, part.stop), adapter.params, touched.module)
+        held = stored.rows(part.start, part.stop)
+        with torch.no_grad():
+            numbers.append(read_out(exact, held) if inn * inn * out <= EXHAUSTIVE_LIMIT else probe(exact, held, seed))
+    evidence = _together(touched, targets, numbers, stored)
+    if not evidence.passed:
+        at = evidence.worst or {}
+        raise refusal(touched, at.get("index", []), at.get("expected", math.nan), at.get("found", math.nan), evidence.bound_ratio, tensor=at.get("tensor", "weight"))
+    for name, tensor in zip(names, (weight.T if touched.transposed else weight, stored.bias), strict=True):
+        if name in targets and tensor is not None:
+            raw = tensor.contiguous().view(torch.int16 if targets[name].size == 2 else tensor.dtype).numpy().view(targets[name].raw)
+            if not finite(raw, targets[name]):
+                raise refuse_overflow(name, targets[name])
+            write(name, 0, raw)
+    same = bias is not None and fused.bias is not None and torch.equal(base.bias, fused.bias)
+    return Folded(evidence, fused.bias is not None and not same)
+
+
+def _together(touched: Touched, targets: Mapping[str, Format], numbers: list[dict[str, Any]], stored: Affine) -> LayerEvidence:
+    """The evidence of a module out of that of its adapters."""
+    worst = max(numbers, key=lambda n: n["bound_ratio"])
+    changed = math.fsum(n["change"] for n in numbers)
+    kept = math.fsum(n["survival"] * n["change"] for n in numbers)
+    order = ("wrong", "rounded", "exact")
+    entries = stored.weight.numel() + (0 if stored.bias is None else stored.bias.numel())
+    return LayerEvidence(
+        module=touched.module, kind=touched.kinds, tensors=tuple(targets), shape=touched.shape, dtype=str(stored.weight.dtype).removeprefix("torch."),
+        method=worst["method"], entries=entries, exact_entries=sum(n["exact_entries"] for n in numbers), max_error=max(n["max_error"] for n in numbers),
+        bound_ratio=worst["bound_ratio"], survival=kept / changed if changed > 0 else 1.0, verdict=min((n["verdict"] for n in numbers), key=order.index),
+        probes=max(n.get("probes", 0) for n in numbers), detectable=max(n.get("detectable", 0.0) for n in numbers), worst=worst["worst"], change=changed,
+    )  # fmt: skip
