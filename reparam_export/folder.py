@@ -78,9 +78,11 @@ def save_streamed(record: Mapping[str, Any], checkpoint: Checkpoint, recipe: Rec
 def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
     """Read the checkpoint again and the fused weights as they are on disk.
 
-    Raises CheckpointError when the folder holds none, or when the checkpoint or its base changed since.
+    Raises CheckpointError when the folder holds none, or when the checkpoint or its base changed since; EquivalenceError when streamed
+    weights are not the ones that were proven when they were written.
     """
     from reparam_export.fusion import FusedWeights
+    from reparam_export.streaming.audit import check_streamed
     from reparam_export.streaming.staging import settle
 
     settle(folder)
@@ -96,8 +98,10 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
             raise CheckpointError(f"{name}: no such file; {folder} was made from it")
         if fingerprint(Path(name)) != digest:
             raise CheckpointError(f"{name}: changed since {folder} was made from it; run fuse again")
-    tensors = _weights(folder, content)
     checkpoint = recipe.read()
+    if "weights" in content:
+        check_streamed(folder, content, checkpoint)
+    tensors = _weights(folder, content)
     try:
         return checkpoint, FusedWeights(
             tensors=tensors,

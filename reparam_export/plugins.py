@@ -23,6 +23,7 @@ def names(folder: str) -> tuple[str, ...]:
     return (*own, *others)
 
 
+@cache
 def load(folder: str, name: str) -> ModuleType:
     """The plugin's module. Raises UsageError that lists what there is."""
     if name not in names(folder):
@@ -34,5 +35,6 @@ def load(folder: str, name: str) -> ModuleType:
     return importlib.import_module(f"reparam_export.{folder}.{name}")
 
 
+@cache
 def _entry_points(folder: str) -> importlib.metadata.EntryPoints:
     return importlib.metadata.entry_points(group=f"reparam_export.{folder}")

@@ -124,6 +124,7 @@ def record_of(plan: Plan, staging: Staging, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "cpu_seconds": _cpu_seconds(staging),
         "shards": {shard.name: shard.size for shard in plan.shards},
+        "tensors": {name: digest.hex() for name, digest in sorted(digests.items())},
         "survival": {"overall": overall(layers), "least": least(layers)},
         "layers": [asdict(layer) for layer in layers],
         "digests": made_from,

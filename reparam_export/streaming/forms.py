@@ -98,7 +98,7 @@ def creates_bias(touched: Touched) -> bool | None:
         out, inn = touched.shape
         part = Affine(Nothing((out, inn))[slice(*adapter.rows)] if adapter.rows else Nothing((out, inn)))
         check_shapes(touched.module, part, adapter)
-        form = low_rank(adapter.kind, part, params64(adapter))
+        form = low_rank(adapter.kind, part, map_tensors(adapter.params, lambda t: np.broadcast_to(0.0, tuple(t.shape))))
         if form is None:
             return None
         found |= form.bias is not None

@@ -91,6 +91,8 @@ def _bias(touched: Touched, bias: Array | None, targets: Mapping[str, Format], w
     """Write the fused bias; whether it is another than the base's."""
     name = f"{touched.module}.bias"
     if bias is None:
+        if name in targets:  # a switch of the config gives it one all the same
+            write(name, 0, np.zeros(touched.shape[0], targets[name].raw))
         return False
     before = touched.bias64()
     if name in targets:
@@ -105,7 +107,7 @@ def evidence_of(touched: Touched, targets: Mapping[str, Format], tally: Tally, f
     """The numbers of a weight that was folded by rows. All of its entries are proven to be correctly rounded, or it would have failed."""
     entries = math.prod(touched.weight.shape) if f"{touched.module}.weight" in targets else 0
     entries += touched.shape[0] if f"{touched.module}.bias" in targets and form.bias is not None else 0
-    norm = math.sqrt(tally.norm / max(1, len(touched.weight.values()))) or 1.0
+    norm = math.sqrt(tally.norm) or 1.0
     return LayerEvidence(
         module=touched.module,
         kind=touched.kinds,
@@ -178,7 +180,9 @@ def _whole(touched: Touched, targets: Mapping[str, Format], write: Write, seed: 
         at = evidence.worst or {}
         raise refusal(touched, at.get("index", []), at.get("expected", math.nan), at.get("found", math.nan), evidence.bound_ratio, tensor=at.get("tensor", "weight"))
     for name, tensor in zip(names, (weight.T if touched.transposed else weight, stored.bias), strict=True):
-        if name in targets and tensor is not None:
+        if name in targets and tensor is None:
+            write(name, 0, np.zeros(out, targets[name].raw))
+        elif name in targets:
             raw = tensor.contiguous().view(torch.int16 if targets[name].size == 2 else tensor.dtype).numpy().view(targets[name].raw)
             if not finite(raw, targets[name]):
                 raise refuse_overflow(name, targets[name])

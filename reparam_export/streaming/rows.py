@@ -74,7 +74,7 @@ class Tally:
     ratio: float = 0.0  # worst error over its bound, one unit in the last place
     probe_ratio: float = 0.0  # worst probe over its bound
     detectable: float = 0.0  # largest row error that all probes would miss with chance 1e-6
-    norm: float = 0.0  # |stored|^2
+    norm: float = 0.0  # |stored|^2 of a row, on average over the first ones
     undecided: int = 0  # entries computed again in float64
 
 
@@ -142,7 +142,8 @@ def fold_block(fold: Fold, work: Workspace, span: tuple[int, int], out: Array) -
     np.add(b, y, out=z)
     narrow(z, fold.target, out, d)
     widen(out, fold.target, s)
-    tally.norm += float(np.vdot(s, s))
+    if span[0] == 0:
+        tally.norm = float(np.vdot(s, s)) / n
     np.subtract(b, s, out=d)
     np.add(d, y, out=d)  # exact - stored
     change = float(np.vdot(y, y))
@@ -267,7 +268,7 @@ def settle(fold: Fold, which: Array, start: int, out: Array, e: float) -> None:
         raise refuse_overflow("an entry", fold.target)
     half = half_ulp(exact, fold.target)
     gap = np.abs(wide(found, fold.target) - exact)
-    bad = np.flatnonzero(~(gap <= half + 2 * e))
+    bad = np.flatnonzero(~(gap <= half + 2 * (e + fold.roundoff * np.abs(exact))))  # z itself was rounded
     if len(bad):
         at = int(bad[0])
         ratio = float(gap[at] / (2 * half[at]))

@@ -289,11 +289,17 @@ def _inputs(
     return read_inputs(Path(inputs), signature), str(inputs)
 
 
+def state_for(base: nn.Module, weights: FusedWeights) -> dict[str, Tensor]:
+    """The base's tensors by name, each tied one once; under its other name too where the fused weights tell the two apart."""
+    state, aliases = own_state(base)
+    return state | {name: state[holder] for name, holder in aliases.items() if name in weights.tensors}
+
+
 def _graph(base: nn.Module, weights: FusedWeights, signature: Signature, given: Mapping[str, Tensor]) -> GraphEvidence:
     """Base against fused, both in the storage dtypes of the fused weights; a created bias stands as zeros in the base."""
     import torch
 
-    state = own_state(base)[0]
+    state = state_for(base, weights)
     cast = {
         name: state[name].to(t.dtype) if name in state else torch.zeros_like(t) for name, t in weights.tensors.items()
     }
@@ -302,7 +308,7 @@ def _graph(base: nn.Module, weights: FusedWeights, signature: Signature, given: 
 
 
 def _carried(base: nn.Module, checkpoint: Checkpoint, weights: FusedWeights) -> CarriedEvidence:
-    state, _ = own_state(base)
+    state = state_for(base, weights)
     touched = {f"{a.module}.{part}" for a in checkpoint.adapters for part in ("weight", "bias")}
     evidence = prove_carried(state, weights.tensors, touched, checkpoint.replaced, asked_dtype(weights))
     outside: list[str] = []
