@@ -46,8 +46,13 @@ def stream(
     out.mkdir(parents=True, exist_ok=True)
     staging = Staging(out, plan)
     try:
-        staging.open(resume=resume)
+        staging.take_up(resume=resume)
         check_disk(plan, out, staging)
+        staging.make()
+    except BaseException:
+        _remove_if_empty(out)
+        raise
+    try:
         Work(plan, staging, advance).run()
         record = complete(record_of(plan, staging, time.perf_counter() - started))
         if all(layer.change == 0 for layer in layers_of(staging)) and not plan.created and not _biases_changed(staging):

@@ -35,8 +35,8 @@ class Staging:
         self.plan = plan
         self.finished: dict[str, dict[str, Any]] = {}
 
-    def open(self, *, resume: bool) -> None:
-        """Take up what is finished, or start anew. Raises UsageError when what is there was made from something else."""
+    def take_up(self, *, resume: bool) -> None:
+        """What is finished already, when it is to be resumed; nothing on disk is changed. Raises UsageError when what is there was made from something else."""
         if resume and (self.root / PROGRESS).is_file():
             content = read_json(self.root / PROGRESS)
             if content.get("plan") != self.plan.digest():
@@ -48,7 +48,10 @@ class Staging:
                 entry = known.get(shard.name) if isinstance(known, dict) else None
                 if isinstance(entry, dict) and self._is_whole(shard, entry):
                     self.finished[shard.name] = entry
-        elif self.root.exists():
+
+    def make(self) -> None:
+        """The folder, with what is finished in it and nothing else."""
+        if not self.finished and self.root.exists():
             shutil.rmtree(self.root)
         self.weights.mkdir(parents=True, exist_ok=True)
         for file in self.weights.iterdir():
