@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reparam_export import plugins
-from reparam_export.adapters import kind
+from reparam_export.adapters import kind, low_rank
 from reparam_export.affine import Affine, map_tensors, tensors_of
 from reparam_export.checkpoints import Adapter
 from reparam_export.verification.weights import prove_layer
@@ -44,6 +44,42 @@ def test_shapes_name_every_tensor_of_an_example(name: str) -> None:
         found = {field: tuple(tensor.shape) for field, tensor in tensors_of(params).items()}
         assert found == kind(name).shapes(5, 7, params)
         assert all(bool((tensor != 0).all()) for tensor in tensors_of(params).values())
+
+
+FACTORED = [name for name in KINDS if hasattr(kind(name), "low_rank")]
+
+
+def test_the_kinds_that_are_folded_by_rows() -> None:
+    assert {"lora", "hydra", "glora", "repadapter"} <= set(FACTORED)
+
+
+@pytest.mark.parametrize("name", FACTORED)
+@pytest.mark.parametrize("seed", range(12))
+def test_factors_fold_to_what_fuse_folds_to(name: str, seed: int) -> None:
+    """In torch and in numpy, and with a base that only knows ``@``; what it shows on zeros says whether a bias is created."""
+    from reparam_export.streaming.formats import F64
+    from reparam_export.streaming.matrix import Mapped, Nothing
+
+    out, inn = SIZES[seed % len(SIZES)]
+    layer = base(out, inn, seed, bias=seed % 2 == 0)
+    params = kind(name).example(seed, layer)
+    expected = kind(name).fuse(layer, params)
+    plain = low_rank(name, layer, params)
+    assert plain is not None
+    arrays = map_tensors(params, lambda t: t.numpy())
+    bias = None if layer.bias is None else layer.bias.numpy()
+    for transposed in (False, True):
+        stored = np.ascontiguousarray(layer.weight.numpy().T) if transposed else layer.weight.numpy()
+        form = low_rank(name, Affine(Mapped(stored, F64, transposed), bias), arrays)
+        assert form is not None
+        found = form.fold(Affine(layer.weight.numpy(), bias))
+        for got, want in ((found.weight, expected.weight), (found.bias, expected.bias), (plain.fold(layer).weight, expected.weight)):
+            assert (got is None) == (want is None)
+            if want is not None:
+                np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+    shown = low_rank(name, Affine(Nothing((out, inn)), bias), map_tensors(arrays, lambda t: np.broadcast_to(0.0, t.shape)))
+    assert shown is not None
+    assert (shown.bias is None) == (expected.bias is None)
 
 
 def fractions(tensor: Any) -> Any:
