@@ -13,7 +13,7 @@ test: .venv/installed-dev  # one thread per worker: more of them than cores wait
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
 .venv/installed-demo: extras = trt,hf,open-clip,demo
-.venv/installed-dev: extras = trt,hf,open-clip,dev
+.venv/installed-dev: extras = trt,hf,open-clip,genai,dev
 .venv/installed-demo .venv/installed-dev: pyproject.toml | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --editable ".[$(extras)]"
 	touch $@

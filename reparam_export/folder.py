@@ -51,8 +51,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights) -> None:
-    """Write ``fused.safetensors`` and ``fused.json``; what later stages had left for other weights is removed."""
+def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights, dtype: str | None = None) -> None:
+    """Write ``fused.safetensors`` and ``fused.json``; what later stages had left for other weights is removed.
+
+    dtype: the storage that was asked for, where the weights' own is what was chosen for it.
+    """
     from reparam_export.fusion import record
     from reparam_export.streaming.staging import former
 
@@ -62,7 +65,7 @@ def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights) -> N
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     metadata = {"format": "pt", "checkpoint_sha256": checkpoint.sha256, "weights_sha256": weights.sha256()}
     replace_file(folder / WEIGHTS, lambda path: save_safetensors(path, weights.tensors, metadata))
-    recipe = replace(checkpoint.recipe, dtype=weights.dtype)
+    recipe = replace(checkpoint.recipe, dtype=dtype or weights.dtype)
     digests = replace(recipe, base=checkpoint.base).digests()
     write_json(folder / FUSED, record(checkpoint, weights) | {"recipe": asdict(recipe), "digests": digests})
 
@@ -110,7 +113,7 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
             replaced=tuple(content["replaced"]),
             aliases=dict(content["aliases"]),
             seconds=float(content["seconds"]),
-            dtype=recipe.dtype,
+            dtype=content.get("dtype", recipe.dtype),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / FUSED}: damaged ({error!r}); run fuse again") from error

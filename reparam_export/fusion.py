@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int, int], None]
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+NARROWEST_FIRST = ("bf16", "fp16", "fp32")
+ENOUGH = 0.99  # what --dtype auto asks of every layer
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What its storage keeps of one layer's change: the share, and |exact - base|^2, the layer's weight among the others."""
+
+    share: float
+    change: float
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,8 @@ class FusedWeights(Mapping[str, "Tensor"]):
     replaced: tuple[str, ...]  # tensors taken whole from the checkpoint
     aliases: Mapping[str, str] = field(default_factory=dict)  # tied names -> the name that holds the tensor
     seconds: float = 0.0
-    dtype: str | None = None  # the storage that was asked for, None: as the base's
+    dtype: str | None = None  # the storage of all; None: as the base's; "auto": each touched layer has its own
+    kept: Mapping[str, Kept] = field(default_factory=dict)  # of each touched module
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -85,7 +97,9 @@ def digest_of(tensors: Iterable[tuple[str, str, tuple[int, ...], bytes]]) -> str
 def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | None = None) -> FusedWeights:
     """Fold every adapter of the checkpoint into its base.
 
-    dtype: storage of all float tensors, "fp32", "fp16" or "bf16"; None keeps the dtype each has in the base.
+    dtype: storage of all float tensors, "fp32", "fp16" or "bf16"; None keeps the dtype each has in the base; "auto" gives every touched layer
+    the narrowest of the three that keeps 99 % of its change, and of a Hugging Face base all tensors the widest of these, since stock
+    loaders cast a whole folder to one dtype.
     advance: called with (layers done, layers in all).
     Raises TensorMismatchError (base and checkpoint do not fit), SharedWeightError, NotAffineError, FusionError (not finite, no change).
     """
@@ -93,20 +107,14 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | No
 
     started = time.perf_counter()
     module = with_replaced(base_of(checkpoint).build()[0], checkpoint)
-    storage = getattr(torch, DTYPES[dtype]) if dtype else None
+    if dtype == "auto" and str(checkpoint.base).startswith("hf:"):
+        return fuse(checkpoint, _widest(fuse_each(checkpoint, module, dtype, None)[0]), advance)
+    storage = getattr(torch, DTYPES[dtype]) if dtype in DTYPES else None
     state, aliases = own_state(module)
     _check_shared(module, checkpoint)
     check_covered([name for name, part in module.named_modules() if "weight" in part._parameters], checkpoint)
-    new: dict[str, Tensor] = {}
-    moved = False
-    modules = by_module(checkpoint)
-    for done, (name, adapters) in enumerate(modules.items(), 1):
-        folded, differs = _folded(module, name, adapters, storage)
-        new |= folded
-        moved = moved or differs
-        if advance is not None:
-            advance(done, len(modules))
-    if not moved:
+    new, kept = fuse_each(checkpoint, module, dtype, advance)
+    if not kept:
         raise FusionError(
             f"{checkpoint.path}: the adapter changes nothing: every fused weight equals the base's. "
             "It was never trained, or the training code never switched it on (as Hydra's published nlu code does)"
@@ -121,15 +129,47 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | No
         aliases=aliases,
         seconds=time.perf_counter() - started,
         dtype=dtype,
+        kept=kept,
     )
 
 
+def fuse_each(
+    checkpoint: Checkpoint, module: nn.Module, dtype: str | None, advance: Advance | None
+) -> tuple[dict[str, Tensor], dict[str, Kept]]:
+    """The new tensors of every touched module, and what their storage keeps of each; of none when nothing changed at all."""
+    new: dict[str, Tensor] = {}
+    kept: dict[str, Kept] = {}
+    moved = False
+    modules = by_module(checkpoint)
+    for done, (name, adapters) in enumerate(modules.items(), 1):
+        folded, differs, kept[name] = _folded(module, name, adapters, dtype)
+        new |= folded
+        moved = moved or differs
+        if advance is not None:
+            advance(done, len(modules))
+    return new, kept if moved else {}
+
+
+def _widest(new: Mapping[str, Tensor]) -> str:
+    """The widest of the formats that were chosen."""
+    found = {str(tensor.dtype).removeprefix("torch.") for tensor in new.values()}
+    return max((name for name in NARROWEST_FIRST if DTYPES[name] in found), key=NARROWEST_FIRST.index)
+
+
+def survival_of(kept: Mapping[str, Kept]) -> dict[str, Any]:
+    """The share of the adapter's change that storage keeps: of all layers together, of the one that keeps least, and of each."""
+    changed = math.fsum(of.change for of in kept.values())
+    least = min((of.share for of in kept.values()), default=1.0)
+    overall = math.fsum(of.share * of.change for of in kept.values()) / changed if changed > 0 else least
+    return {"overall": overall, "least": least, "layers": {module: of.share for module, of in kept.items()}}
+
+
 def _folded(
-    module: nn.Module, name: str, adapters: list[Adapter], storage: torch.dtype | None
-) -> tuple[dict[str, Tensor], bool]:
+    module: nn.Module, name: str, adapters: list[Adapter], dtype: str | None
+) -> tuple[dict[str, Tensor], bool, Kept]:
     """``fold_module``, with whatever a damaged adapter makes torch stumble over as one error."""
     try:
-        return fold_module(module, name, adapters, storage)
+        return fold_module(module, name, adapters, dtype)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, OverflowError, KeyError) as error:
         raise FusionError(f"{name}: the adapter cannot be folded: {type(error).__name__}: {error}") from error
 
@@ -168,9 +208,9 @@ def by_module(checkpoint: Checkpoint) -> dict[str, list[Adapter]]:
 
 
 def fold_module(
-    module: nn.Module, name: str, adapters: list[Adapter], storage: torch.dtype | None
-) -> tuple[dict[str, Tensor], bool]:
-    """The new ``name.weight`` (and ``name.bias``) of one module, and whether they differ from the old in float64."""
+    module: nn.Module, name: str, adapters: list[Adapter], dtype: str | None
+) -> tuple[dict[str, Tensor], bool, Kept]:
+    """The new ``name.weight`` (and ``name.bias``) of one module, whether they differ from the old in float64, and what storage keeps."""
     import torch
 
     target = touched_module(module, name)
@@ -180,17 +220,33 @@ def fold_module(
     if whole.bias is not None and layout == "embedding":
         raise FusionError(f"{name}: the adapter adds a bias, and an embedding has no place for one")
     old_weight = target.get_parameter("weight")
-    dtype = storage or old_weight.dtype
-    weight = round_once(stored(whole.weight, layout, old_weight.shape), dtype)
+    storage, kept = _storage(base.weight, whole.weight, old_weight.dtype, dtype)
+    weight = round_once(stored(whole.weight, layout, old_weight.shape), storage)
     new = {f"{name}.weight": weight}
     if whole.bias is not None:
         old = getattr(target, "bias", None)
-        bias = round_once(whole.bias, dtype if old is None or storage else old.dtype).contiguous()
+        bias = round_once(whole.bias, storage if old is None or dtype else old.dtype).contiguous()
         if old is None or base.bias is None or not torch.equal(base.bias, whole.bias):
             new[f"{name}.bias"] = bias
     before, after = base.bias, whole.bias
     same_bias = before is after if before is None or after is None else torch.equal(before, after)
-    return new, not (same_bias and torch.equal(base.weight, whole.weight))
+    return new, not (same_bias and torch.equal(base.weight, whole.weight)), kept
+
+
+def _storage(base: Tensor, whole: Tensor, own: torch.dtype, dtype: str | None) -> tuple[torch.dtype, Kept]:
+    """The format that a fused matrix is stored in, and what it keeps of the change; for "auto" the narrowest that keeps enough."""
+    import torch
+
+    tried = [getattr(torch, DTYPES[name]) for name in NARROWEST_FIRST] if dtype == "auto" else [getattr(torch, DTYPES[dtype]) if dtype else own]
+    change = whole - base
+    size = float((change * change).sum())
+    for storage in tried:
+        found = round_once(whole, storage)
+        if bool(found.isfinite().all()) or storage is tried[-1]:
+            share = float((change * (found.double() - base)).sum()) / size if size > 0 else 1.0
+            if share >= ENOUGH or storage is tried[-1]:
+                break
+    return storage, Kept(share, size)
 
 
 def fold_affine(name: str, base: Affine, adapters: list[Adapter]) -> Affine:
@@ -312,6 +368,8 @@ def record(checkpoint: Checkpoint, weights: FusedWeights) -> dict[str, Any]:
         },
         "compute": "float64",
         "storage": weights.storage(),
+        "dtype": weights.dtype,
+        "survival": survival_of(weights.kept),
         "weights_sha256": weights.sha256(),
         "changed": {name: list(weights[name].shape) for name in weights.changed},
         "created": list(weights.created),

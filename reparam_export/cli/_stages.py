@@ -27,10 +27,17 @@ def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool =
     plan = None
     if str(checkpoint.base).startswith("hf:"):
         try:
-            plan = plan_of(checkpoint, recipe.dtype)
+            plan = plan_of(checkpoint, None if recipe.dtype == "auto" else recipe.dtype)
         except NotStreamableError as reason:
             console.line(f"note: folded in memory, not shard by shard: {reason}")
             check_memory(checkpoint, str(reason))
+    if plan is not None and recipe.dtype == "auto":
+        from reparam_export.streaming.survey import one_for_all
+
+        with console.stage("survey"):
+            chosen, why = one_for_all(plan)
+        console.line(f"dtype: {chosen or 'as the base'}, one for all, since stock loaders cast a whole folder to one: {why}")
+        plan = plan_of(checkpoint, chosen)
     if plan is not None:
         stream_stage(console, plan, recipe, folder, resume=resume, dry_run=dry_run)
     elif not dry_run:
@@ -41,7 +48,7 @@ def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool =
 
 def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, resume: bool, dry_run: bool) -> None:
     from reparam_export.folder import save_streamed
-    from reparam_export.report.numbers import percent, size
+    from reparam_export.report.numbers import size
     from reparam_export.streaming import expected, stream
 
     found = expected(plan, folder)
@@ -65,21 +72,34 @@ def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, 
     with console.stage("fuse") as advance:
         record = stream(plan, folder, lambda r: save_streamed(r, plan.checkpoint, recipe), resume=resume, advance=advance)
     console.line(f"fused {len(plan.checkpoint.adapters)} adapters into {len(record['changed'])} tensors: every stored entry proven")
-    kept = record["survival"]
-    console.line(f"kept: {percent(kept['overall'])} of the adapter's change by the storage format, {percent(kept['least'])} in the least layer")
+    console.line(kept_line(record["survival"]))
 
 
 def memory_stage(console: Console, recipe: Recipe, folder: Path) -> None:
     from reparam_export import fuse as fuse_weights
     from reparam_export.folder import save_fused
+    from reparam_export.fusion import survival_of
 
     with console.stage("fuse") as advance:
         checkpoint = recipe.read()
         weights = fuse_weights(checkpoint, recipe.dtype, advance)
-        save_fused(folder, checkpoint, weights)
+        save_fused(folder, checkpoint, weights, recipe.dtype)
     console.line(f"fused {len(checkpoint.adapters)} adapters into {len(weights.changed)} tensors")
+    if recipe.dtype == "auto":
+        console.line(f"dtype: {'each layer its own' if weights.dtype == 'auto' else f'{weights.dtype}, one for all'}: {weights.storage()}")
+    console.line(kept_line(survival_of(weights.kept)))
     for name in weights.created:
         console.line(f"added: {name}, a bias that the base does not have")
+
+
+def kept_line(survival: dict[str, Any]) -> str:
+    """Of the adapter's change, the share that the storage format keeps."""
+    from reparam_export.report.numbers import percent
+
+    return (
+        f"kept: {percent(survival['overall'])} of the adapter's change by the storage format, "
+        f"{percent(survival['least'])} in the layer that keeps least"
+    )
 
 
 def check_memory(checkpoint: Checkpoint, reason: str) -> None:
@@ -166,6 +186,10 @@ def export_stage(
 def check_export(options: dict[str, Any]) -> str | None:
     """Refuse a wrong option before any work is done; says which engine builder will be used."""
     batch_sizes(options["batch"])
+    if "genai" in options["targets"]:
+        from reparam_export.exporters import genai
+
+        genai.check(options["precision"])
     if "trt" in options["targets"]:
         from reparam_export.exporters import tensorrt
 

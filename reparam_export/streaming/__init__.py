@@ -117,6 +117,7 @@ def record_of(plan: Plan, staging: Staging, seconds: float) -> dict[str, Any]:
         "compute": "float32 with every undecided entry in float64: the bytes of float64" if _quick(plan) else "float64",
         "weights": WEIGHTS,
         "storage": storage,
+        "dtype": plan.storage.short if plan.storage else None,
         "weights_sha256": digest_of((n, f"torch.{torch_dtype(p)}", p.shape, digests[n]) for n, p in own.items()),
         "changed": {name: list(own[name].shape) for name in sorted(changed)},
         "created": list(plan.created),
@@ -130,7 +131,7 @@ def record_of(plan: Plan, staging: Staging, seconds: float) -> dict[str, Any]:
         "cpu_seconds": _cpu_seconds(staging),
         "shards": {shard.name: shard.size for shard in plan.shards},
         "tensors": {name: digest.hex() for name, digest in sorted(digests.items())},
-        "survival": {"overall": overall(layers), "least": least(layers)},
+        "survival": {"overall": overall(layers), "least": least(layers), "layers": {e.module: e.survival for e in layers}},
         "layers": [asdict(layer) for layer in layers],
         "digests": made_from,
     }

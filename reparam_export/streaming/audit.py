@@ -31,8 +31,7 @@ def check_streamed(out: Path, record: Mapping[str, Any], checkpoint: Checkpoint)
         )
     for name, tensor in found.items():
         if blake3(tensor.raw.data).hexdigest() != proven[name]:
-            storage = (record.get("recipe") or {}).get("dtype")
-            where = _where(checkpoint, storage, tensor)
+            where = _where(checkpoint, record.get("dtype"), tensor)
             raise EquivalenceError(
                 f"{out / WEIGHTS}: {name} is not the tensor that was proven{where}; run fuse again", layer=name.rpartition(".")[0]
             )

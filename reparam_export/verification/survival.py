@@ -12,8 +12,6 @@ from collections.abc import Sequence
 
 from reparam_export.verification.certificate import LayerEvidence
 
-ENOUGH = 0.99  # what --dtype auto asks of every layer
-
 
 def overall(layers: Sequence[LayerEvidence]) -> float:
     """The survival of all layers together."""

@@ -16,7 +16,7 @@ from reparam_export.affine import Affine, map_tensors
 from reparam_export.checkpoints import NATIVE
 from reparam_export.checkpoints.native import to_plain
 
-HIDDEN, INNER, HEADS, KV, VOCAB = 48, 80, 4, 2, 60
+HIDDEN, INNER, HEADS, KV, VOCAB = 48, 80, 3, 1, 60
 SHAPES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (HIDDEN // HEADS * KV, HIDDEN),
