@@ -46,8 +46,9 @@ def base_of(checkpoint: Checkpoint) -> Base:
 def place(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Put tensors under their state-dict names into the module; each takes the dtype it has. Returns the module.
 
-    A bias that the module lacks (``X.bias`` with X present) is created. A tensor that has several names there takes the value given for one
-    of them; where several are given, each name gets its own and they are one no longer. Raises TensorMismatchError for a name or shape the module lacks.
+    A bias that the module lacks (``X.bias`` with X present) is created. A tensor that has several names there takes the value given for
+    one of them; where several are given, each name gets its own and they are one no longer.
+    Raises TensorMismatchError for a name or shape the module lacks.
     """
     from torch import nn as torch_nn
 

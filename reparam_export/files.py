@@ -104,7 +104,7 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """blake3 of a file, or of all files of a folder with their names: faster than the disk, so a model's own weights can be told apart too."""
+    """blake3 of a file, or of all files of a folder with their names; it is faster than most disks."""
     from blake3 import blake3
 
     if path.is_file():

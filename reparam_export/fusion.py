@@ -97,9 +97,9 @@ def digest_of(tensors: Iterable[tuple[str, str, tuple[int, ...], bytes]]) -> str
 def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | None = None) -> FusedWeights:
     """Fold every adapter of the checkpoint into its base.
 
-    dtype: storage of all float tensors, "fp32", "fp16" or "bf16"; None keeps the dtype each has in the base; "auto" gives every touched layer
-    the narrowest of the three that keeps 99 % of its change, and of a Hugging Face base all tensors the widest of these, since stock
-    loaders cast a whole folder to one dtype.
+    dtype: storage of all float tensors, "fp32", "fp16" or "bf16"; None keeps the dtype each has in the base; "auto" gives every touched
+    layer the narrowest of the three that keeps 99 % of its change, and of a Hugging Face base all tensors the widest of these, since
+    stock loaders cast a whole folder to one dtype.
     advance: called with (layers done, layers in all).
     Raises TensorMismatchError (base and checkpoint do not fit), SharedWeightError, NotAffineError, FusionError (not finite, no change).
     """
@@ -237,7 +237,11 @@ def _storage(base: Tensor, whole: Tensor, own: torch.dtype, dtype: str | None) -
     """The format that a fused matrix is stored in, and what it keeps of the change; for "auto" the narrowest that keeps enough."""
     import torch
 
-    tried = [getattr(torch, DTYPES[name]) for name in NARROWEST_FIRST] if dtype == "auto" else [getattr(torch, DTYPES[dtype]) if dtype else own]
+    tried = (
+        [getattr(torch, DTYPES[name]) for name in NARROWEST_FIRST]
+        if dtype == "auto"
+        else [getattr(torch, DTYPES[dtype]) if dtype else own]
+    )
     change = whole - base
     size = float((change * change).sum())
     for storage in tried:

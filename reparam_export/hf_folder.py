@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-KNOWN: dict[str, dict[str, tuple[str, ...]]] = {  # model_type of XForCausalLM -> bias switch -> the modules it gives a bias
+KNOWN: dict[
+    str, dict[str, tuple[str, ...]]
+] = {  # model_type of XForCausalLM -> bias switch -> the modules it gives a bias
     "llama": {"attention_bias": ATTENTION, "mlp_bias": MLP},
     "granite": {"attention_bias": ATTENTION, "mlp_bias": MLP},
     "qwen3": {"attention_bias": ATTENTION},
@@ -31,7 +33,16 @@ KNOWN: dict[str, dict[str, tuple[str, ...]]] = {  # model_type of XForCausalLM -
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BIAS_SWITCHES = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias", "bias", "add_bias_linear")
-CARRIED = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".vocab", ".merges")  # config, tokenizer; never code
+CARRIED = (
+    ".json",
+    ".txt",
+    ".model",
+    ".jinja",
+    ".md",
+    ".tiktoken",
+    ".vocab",
+    ".merges",
+)  # config, tokenizer; never code
 NOT_CARRIED = (".index.json", "adapter_config.json")
 
 
@@ -95,7 +106,9 @@ def structure_of(config: Mapping[str, Any], names: Collection[str], base: Base, 
         return _built(_skeleton(base), names)
     tied = HEAD not in names or bool(config.get("tie_word_embeddings", False))
     modules = tuple(name.removesuffix(".weight") for name in names if name.endswith(".weight"))
-    return Structure(frozenset(), frozenset({EMBEDDING.removesuffix(".weight")}), {HEAD: EMBEDDING} if tied else {}, modules)
+    return Structure(
+        frozenset(), frozenset({EMBEDDING.removesuffix(".weight")}), {HEAD: EMBEDDING} if tied else {}, modules
+    )
 
 
 def _skeleton(base: Base) -> nn.Module:
@@ -126,7 +139,7 @@ def _built(module: nn.Module, names: Collection[str]) -> Structure:
     groups: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
-    ties = {}
+    ties: dict[str, str] = {}
     for group in groups.values():
         holder = next((n for n in group if n in names), group[0])
         ties |= {n: holder for n in group if n != holder}
@@ -134,7 +147,9 @@ def _built(module: nn.Module, names: Collection[str]) -> Structure:
     return Structure(frozenset(transposed), frozenset(embeddings), ties, tuple(order), refused, shapes)
 
 
-def bias_switches(config: Mapping[str, Any], names: Collection[str], created: Collection[str]) -> tuple[dict[str, bool], list[str]]:
+def bias_switches(
+    config: Mapping[str, Any], names: Collection[str], created: Collection[str]
+) -> tuple[dict[str, bool], list[str]]:
     """The config entries that give the created biases a place, and the biases that these add elsewhere, to be zeros.
 
     names: of all tensors of the fused model. Raises ExportError when no combination of the config's own switches does.
@@ -160,7 +175,9 @@ def _biases(config: Mapping[str, Any], switches: tuple[str, ...], names: Collect
     if is_known(config):
         modules = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
         ends = tuple(f".{end}" for switch in switches for end in KNOWN[config["model_type"]][switch])
-        return {f"{module}.bias" for module in modules if module.endswith(ends)} | {n for n in names if n.endswith(".bias")}
+        return {f"{module}.bias" for module in modules if module.endswith(ends)} | {
+            n for n in names if n.endswith(".bias")
+        }
     known = _parameters({**config, **dict.fromkeys(switches, True)})
     return {n for n in known if n.endswith(".bias")} if all(n.endswith(".bias") for n in known - set(names)) else set()
 

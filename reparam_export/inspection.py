@@ -72,7 +72,10 @@ def show_survival(console: Console, found: dict[str, Any]) -> None:
     """The same for a person."""
     from reparam_export.report.numbers import percent
 
-    rows = [(module, *(percent(of["layers"][module]) for of in found.values())) for module in next(iter(found.values()))["layers"]]
+    rows = [
+        (module, *(percent(of["layers"][module]) for of in found.values()))
+        for module in next(iter(found.values()))["layers"]
+    ]
     for name in ("least", "overall"):
         rows.append((f"({name})", *(percent(of[name]) for of in found.values())))
     console.table("Share of the change that storage keeps", ("module", *found), rows)

@@ -14,15 +14,17 @@ from reparam_export.hf_folder import EMBEDDING, HEAD, KNOWN, bias_switches, carr
 from reparam_export.models import Base
 
 SMALL = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 24,
-    "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "vocab_size": 24, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 
 
 def built(config: dict[str, Any]) -> torch.nn.Module:
     fields = {k: v for k, v in config.items() if k != "model_type"}
     with torch.device("meta"):
-        return getattr(transformers, config["architectures"][0])(transformers.AutoConfig.for_model(config["model_type"], **fields))
+        return getattr(transformers, config["architectures"][0])(
+            transformers.AutoConfig.for_model(config["model_type"], **fields)
+        )
 
 
 def config_of(name: str, tmp_path: Path) -> dict[str, Any]:
@@ -50,7 +52,11 @@ def test_structure_is_that_of_the_model_itself(name: str, tmp_path: Path) -> Non
     tied = {**config, "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(tied))
     without = [n for n in names if n != HEAD]
-    assert structure_of(tied, without, base, exact=False).ties == structure_of(tied, without, base, exact=True).ties == {HEAD: EMBEDDING}
+    assert (
+        structure_of(tied, without, base, exact=False).ties
+        == structure_of(tied, without, base, exact=True).ties
+        == {HEAD: EMBEDDING}
+    )
 
 
 @pytest.mark.parametrize(("name", "switch"), [(n, s) for n, switches in KNOWN.items() for s in switches])
@@ -68,7 +74,14 @@ def test_code_and_links_to_elsewhere_are_not_carried(tmp_path: Path) -> None:
     source = tmp_path / "model"
     source.mkdir()
     (tmp_path / "secret.txt").write_text("secret")
-    for name in ("config.json", "tokenizer.model", "modeling.py", "model.safetensors.index.json", "adapter_config.json", "merges.txt"):
+    for name in (
+        "config.json",
+        "tokenizer.model",
+        "modeling.py",
+        "model.safetensors.index.json",
+        "adapter_config.json",
+        "merges.txt",
+    ):
         (source / name).write_text("{}")
     (source / "vocab.txt").symlink_to(tmp_path / "secret.txt")
     assert [f.name for f in carried(source)] == ["config.json", "merges.txt", "tokenizer.model"]

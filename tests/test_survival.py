@@ -45,7 +45,9 @@ def test_the_survey_is_the_definition_in_every_dtype(tmp_path: Path, size: float
     for module, of in found.items():
         name = f"{module}.weight"
         for short in ("bf16", "fp16"):
-            assert of[short].share == pytest.approx(share(exact[name].double(), before[name], DTYPES[short]), abs=2e-3), (module, short)
+            assert of[short].share == pytest.approx(
+                share(exact[name].double(), before[name], DTYPES[short]), abs=2e-3
+            ), (module, short)
         assert of["fp32"].share > 0.999
     for short in DTYPES:
         in_memory = rx.fuse(read(adapter), short).kept
@@ -71,12 +73,18 @@ def test_auto_takes_the_narrowest_that_keeps_enough_of_every_layer(tmp_path: Pat
     record = json.loads((tmp_path / "out" / "fused.json").read_text())
     assert record["survival"]["least"] >= 0.99
     assert set(record["storage"]) == {str(DTYPES[chosen]).removeprefix("torch.")}
-    assert json.loads((tmp_path / "out" / "hf" / "config.json").read_text())["dtype"] == str(DTYPES[chosen]).removeprefix("torch.")
+    assert json.loads((tmp_path / "out" / "hf" / "config.json").read_text())["dtype"] == str(
+        DTYPES[chosen]
+    ).removeprefix("torch.")
 
 
 def test_auto_gives_each_layer_its_own_where_the_target_allows(tmp_path: Path) -> None:
     """A plain model of bf16 numbers: one layer changes much, one little; both proofs, and both in one safetensors file."""
-    base = own_model(tmp_path, "self.a, self.b = (Linear(*s).bfloat16().float() for s in ((40, 30), (30, 20)))", "self.b(torch.tanh(self.a(x)))")
+    base = own_model(
+        tmp_path,
+        "self.a, self.b = (Linear(*s).bfloat16().float() for s in ((40, 30), (30, 20)))",
+        "self.b(torch.tanh(self.a(x)))",
+    )
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, width, size in (("a", 40, 0.3), ("b", 30, 3e-6)):
@@ -109,7 +117,8 @@ def test_all_layers_together_count_by_their_change() -> None:
     kept = {"a": Kept(0.5, 3.0), "b": Kept(1.0, 1.0)}
     assert survival_of(kept) == {"overall": 0.625, "least": 0.5, "layers": {"a": 0.5, "b": 1.0}}
     layers = [
-        LayerEvidence(m, "lora", (), (1, 1), "bfloat16", "probes", 1, 1, 0.0, 0.0, k.share, "exact", change=k.change) for m, k in kept.items()
+        LayerEvidence(m, "lora", (), (1, 1), "bfloat16", "probes", 1, 1, 0.0, 0.0, k.share, "exact", change=k.change)
+        for m, k in kept.items()
     ]
     assert overall(layers) == 0.625
     assert least(layers) == 0.5

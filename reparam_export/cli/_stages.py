@@ -36,14 +36,18 @@ def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool =
 
         with console.stage("survey"):
             chosen, why = one_for_all(plan)
-        console.line(f"dtype: {chosen or 'as the base'}, one for all, since stock loaders cast a whole folder to one: {why}")
+        console.line(
+            f"dtype: {chosen or 'as the base'}, one for all, since stock loaders cast a whole folder to one: {why}"
+        )
         plan = plan_of(checkpoint, chosen)
     if plan is not None:
         stream_stage(console, plan, recipe, folder, resume=resume, dry_run=dry_run)
     elif not dry_run:
         memory_stage(console, recipe, folder)
     else:
-        console.line(f"plan: {len(checkpoint.adapters)} adapters, folded in memory into {folder / 'fused.safetensors'}; nothing was written")
+        console.line(
+            f"plan: {len(checkpoint.adapters)} adapters, folded in memory into {folder / 'fused.safetensors'}; nothing was written"
+        )
 
 
 def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, resume: bool, dry_run: bool) -> None:
@@ -70,8 +74,12 @@ def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, 
         console.result(found)
         return
     with console.stage("fuse") as advance:
-        record = stream(plan, folder, lambda r: save_streamed(r, plan.checkpoint, recipe), resume=resume, advance=advance)
-    console.line(f"fused {len(plan.checkpoint.adapters)} adapters into {len(record['changed'])} tensors: every stored entry proven")
+        record = stream(
+            plan, folder, lambda r: save_streamed(r, plan.checkpoint, recipe), resume=resume, advance=advance
+        )
+    console.line(
+        f"fused {len(plan.checkpoint.adapters)} adapters into {len(record['changed'])} tensors: every stored entry proven"
+    )
     console.line(kept_line(record["survival"]))
 
 
@@ -86,7 +94,9 @@ def memory_stage(console: Console, recipe: Recipe, folder: Path) -> None:
         save_fused(folder, checkpoint, weights, recipe.dtype)
     console.line(f"fused {len(checkpoint.adapters)} adapters into {len(weights.changed)} tensors")
     if recipe.dtype == "auto":
-        console.line(f"dtype: {'each layer its own' if weights.dtype == 'auto' else f'{weights.dtype}, one for all'}: {weights.storage()}")
+        console.line(
+            f"dtype: {'each layer its own' if weights.dtype == 'auto' else f'{weights.dtype}, one for all'}: {weights.storage()}"
+        )
     console.line(kept_line(survival_of(weights.kept)))
     for name in weights.created:
         console.line(f"added: {name}, a bias that the base does not have")

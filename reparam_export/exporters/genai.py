@@ -2,9 +2,9 @@
 
     genai/            model.onnx, genai_config.json, tokenizer
 
-Before it counts, the model is run twice over: its logits at every position of the reference's samples, by onnxruntime with an empty cache; and
-greedy generation with the cache, by onnxruntime-genai, token by token against the unfused torch model. Where the two choose different
-tokens, the float64 reference must hold both to be equally good, to within the bound of the logits; else the model is refused.
+Before it counts, the model is run twice over: its logits at every position of the reference's samples, by onnxruntime with an empty
+cache; and greedy generation with the cache, by onnxruntime-genai, token by token against the unfused torch model. Where the two choose
+different tokens, the float64 reference must hold both to be equally good, to within the bound of the logits; else it is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from reparam_export.verification.outputs import Reference, compare, run
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from torch import Tensor, nn
 
     from reparam_export.verification import VerifiedModel
@@ -45,7 +44,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first token that differs. ``margin``: by how much float64 prefers the unfused model's token; ``bound``: what rounding explains."""
+    """The first token that differs. ``margin``: by how much float64 prefers one of the two; ``bound``: what rounding explains."""
 
     prompt: str
     position: int
@@ -85,7 +84,21 @@ def check(precision: str) -> None:
 
 def write(source: Path, path: Path, cache: Path) -> None:
     """Let onnxruntime-genai's builder make ``path`` from a Hugging Face folder. Raises ExportError with what the builder said."""
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", path, "-p", "fp32", "-e", "cpu", "-c", cache]
+    command = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        source,
+        "-o",
+        path,
+        "-p",
+        "fp32",
+        "-e",
+        "cpu",
+        "-c",
+        cache,
+    ]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     made = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=offline)
     if made.returncode != 0 or not (path / "genai_config.json").is_file():
@@ -192,8 +205,9 @@ def export_genai(model: VerifiedModel, folder: Path, precision: str = "fp32") ->
         sha256=sha256(target),
         weights_sha256=model.certificate.weights_sha256,
         ran=True,
-        note=f"generated {NEW_TOKENS} tokens greedily by onnxruntime-genai on the CPU, with its cache: {details['same tokens']} prompts give "
-        f"the unfused torch model's tokens{'' if not details['divergences'] else '; where they part, the two tokens are equally good'}",
+        note=f"generated {NEW_TOKENS} tokens greedily by onnxruntime-genai on the CPU, with its cache: {details['same tokens']} prompts "
+        "give the unfused torch model's tokens"
+        + ("; where they part, the two are equally good" if details["divergences"] else ""),
         outputs=evidence,
         details={**details, "seconds": round(time.perf_counter() - started, 2)},
     )
@@ -248,7 +262,10 @@ def without_padding(reference: Reference) -> Reference:
 
 
 def generation(model: VerifiedModel, runner: Runner, source: Path, bound: float) -> dict[str, Any]:
-    """Greedy tokens with the cache against the unfused torch model. Raises EquivalenceError for a difference that rounding does not explain."""
+    """Greedy tokens with the cache against the unfused torch model.
+
+    Raises EquivalenceError for a difference that rounding does not explain.
+    """
     import torch
     from transformers import AutoTokenizer
 
@@ -261,7 +278,8 @@ def generation(model: VerifiedModel, runner: Runner, source: Path, bound: float)
         ids = [int(i) for i in tokenizer(prompt)["input_ids"]]
         alike += runner.encode(prompt) == ids
         expected, found = (
-            ended(tokens, NEW_TOKENS, ends) for tokens in (greedy(unfused, ids, NEW_TOKENS, ends), runner.generate(ids, NEW_TOKENS))
+            ended(tokens, NEW_TOKENS, ends)
+            for tokens in (greedy(unfused, ids, NEW_TOKENS, ends), runner.generate(ids, NEW_TOKENS))
         )
         tokens += len(expected)
         if expected != found:
@@ -279,13 +297,14 @@ def generation(model: VerifiedModel, runner: Runner, source: Path, bound: float)
 
 
 def greedy(model: nn.Module, ids: Sequence[int], count: int, ends: set[int]) -> list[int]:
-    """The next tokens of a transformers decoder, each the most likely one, by its own ``generate`` with its cache; it stops after an end."""
+    """The next tokens of a transformers decoder, each the most likely one, by its own ``generate``; it stops after an end."""
     import torch
     from transformers import GenerationConfig
 
     given = torch.tensor([list(ids)])
     stop = sorted(ends) or None
-    settings = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=stop, pad_token_id=stop[0] if stop else None)
+    end = stop[0] if stop else None
+    settings: Any = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=stop, pad_token_id=end)  # type: ignore[no-untyped-call]
     with torch.inference_mode():
         answer = model.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)  # type: ignore[operator]
     return [int(token) for token in answer[0, len(ids) :]]
@@ -308,7 +327,9 @@ def divergence(
     prefix = torch.tensor([[*ids, *expected[:same]]])
     inputs = {"input_ids": prefix, "attention_mask": torch.ones_like(prefix)}
     signature = model.signature
-    logits = run(model.unfused(torch.float64), signature, inputs, torch.float64)[signature.outputs.index("logits")][0, -1]
+    logits = run(model.unfused(torch.float64), signature, inputs, torch.float64)[signature.outputs.index("logits")][
+        0, -1
+    ]
     margin = float(logits[expected[same]] - logits[found[same]])
     return Divergence(prompt, same, expected[same], found[same], abs(margin), bound)
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.errors import ExportError
 from reparam_export.exporters.artifact import Artifact
-from reparam_export.hf_folder import bias_switches, carried, folder_of
 from reparam_export.files import plain_shard_name, read_json, save_safetensors, sha256
+from reparam_export.hf_folder import bias_switches, carried, folder_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +89,11 @@ def _in_place(model: VerifiedModel, folder: Path) -> Artifact:
     if record.get("weights_sha256") != model.certificate.weights_sha256 or own.keys() != model.weights.tensors.keys():
         raise ExportError(f"{folder / 'hf'}: holds other weights than the proven ones; run fuse and verify again")
     _load_with_transformers(folder / "hf", own, model)
-    details = {"config_changed": record.get("config_changed", {}), "shards": len(record.get("shards", {})), "tensors": len(tensors)}
+    details = {
+        "config_changed": record.get("config_changed", {}),
+        "shards": len(record.get("shards", {})),
+        "tensors": len(tensors),
+    }
     return _artifact(folder / "hf", model, details, started)
 
 

@@ -35,7 +35,6 @@ def write_report(folder: Path) -> Report:
     from reparam_export.report.junit import junit
     from reparam_export.report.markdown import markdown
     from reparam_export.report.page import page
-
     from reparam_export.streaming.staging import settle
 
     folder = Path(folder)

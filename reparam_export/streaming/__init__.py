@@ -33,7 +33,12 @@ Advance = Callable[[int, int], None]
 
 
 def stream(
-    plan: Plan, out: Path, complete: Callable[[dict[str, Any]], dict[str, Any]], *, resume: bool = False, advance: Advance | None = None
+    plan: Plan,
+    out: Path,
+    complete: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    resume: bool = False,
+    advance: Advance | None = None,
 ) -> dict[str, Any]:
     """Fold into ``out``; what ``fused.json`` holds. Until all is written and proven, ``out`` keeps what it held.
 
@@ -64,7 +69,11 @@ def stream(
         staging.commit(record)
     except OSError as error:
         staging.abandon()
-        kept = f"{len(staging.finished)} finished shards are kept there, --resume continues" if staging.finished else "nothing was kept"
+        kept = (
+            f"{len(staging.finished)} finished shards are kept there, --resume continues"
+            if staging.finished
+            else "nothing was kept"
+        )
         raise ExportError(f"{error.filename or staging.root}: {error.strerror or error}; {kept}") from error
     except KeyboardInterrupt:
         staging.abandon()
@@ -106,11 +115,18 @@ def record_of(plan: Plan, staging: Staging, seconds: float) -> dict[str, Any]:
     apart = apart_of(plan, places)
     own = {name: place for name, place in places.items() if name not in apart}
     biases = set(_biases_changed(staging))
-    changed = [n for module in plan.touched for n in (f"{module}.weight", f"{module}.bias") if n in own and (n.endswith(".weight") or n in biases)]
+    changed = [
+        n
+        for module in plan.touched
+        for n in (f"{module}.weight", f"{module}.bias")
+        if n in own and (n.endswith(".weight") or n in biases)
+    ]
     storage: dict[str, int] = {}
     for place in own.values():
         storage[torch_dtype(place)] = storage.get(torch_dtype(place), 0) + 1
-    made_from = {name: digest for shard in plan.shards for name, digest in staging.finished[shard.name]["made_from"].items()}
+    made_from = {
+        name: digest for shard in plan.shards for name, digest in staging.finished[shard.name]["made_from"].items()
+    }
     return {
         "checkpoint": checkpoint.describe(),
         "base": {"spec": checkpoint.base, "weights": None, "weights_sha256": None, "inputs": list(checkpoint.inputs)},
@@ -122,7 +138,7 @@ def record_of(plan: Plan, staging: Staging, seconds: float) -> dict[str, Any]:
         "changed": {name: list(own[name].shape) for name in sorted(changed)},
         "created": list(plan.created),
         "replaced": sorted(checkpoint.replaced),
-        "aliases": {name: holder for name, holder in plan.ties.items()},
+        "aliases": dict(plan.ties),
         "apart": sorted(apart),
         "untied": list(plan.untied),
         "config_changed": plan.corrected,
@@ -131,7 +147,11 @@ def record_of(plan: Plan, staging: Staging, seconds: float) -> dict[str, Any]:
         "cpu_seconds": _cpu_seconds(staging),
         "shards": {shard.name: shard.size for shard in plan.shards},
         "tensors": {name: digest.hex() for name, digest in sorted(digests.items())},
-        "survival": {"overall": overall(layers), "least": least(layers), "layers": {e.module: e.survival for e in layers}},
+        "survival": {
+            "overall": overall(layers),
+            "least": least(layers),
+            "layers": {e.module: e.survival for e in layers},
+        },
         "layers": [asdict(layer) for layer in layers],
         "digests": made_from,
     }
@@ -146,7 +166,9 @@ def _cpu_seconds(staging: Staging) -> dict[str, float]:
 
 
 def _quick(plan: Plan) -> bool:
-    return any(FORMATS[place.code].size == 2 for s in plan.shards for _, ps in s.units for place in ps if place.code in FORMATS)
+    return any(
+        FORMATS[place.code].size == 2 for s in plan.shards for _, ps in s.units for place in ps if place.code in FORMATS
+    )
 
 
 def apart_of(plan: Plan, places: Mapping[str, Place]) -> set[str]:
@@ -173,7 +195,9 @@ def _beside(plan: Plan, staging: Staging) -> None:
     if len(plan.shards) > 1 or (plan.source / INDEX).is_file():
         where = {place.name: shard.name for shard in plan.shards for _, filled in shard.units for place in filled}
         total = sum(place.nbytes for shard in plan.shards for _, filled in shard.units for place in filled)
-        write_synced(staging.weights / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+        write_synced(
+            staging.weights / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        )
 
 
 def _remove_if_empty(out: Path) -> None:
@@ -204,4 +228,3 @@ def expected(plan: Plan, out: Path) -> dict[str, Any]:
 
 def _existing(path: Path) -> Path:
     return path if path.exists() or path == path.parent else _existing(path.absolute().parent)
-

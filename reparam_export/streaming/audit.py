@@ -33,7 +33,8 @@ def check_streamed(out: Path, record: Mapping[str, Any], checkpoint: Checkpoint)
         if blake3(tensor.raw.data).hexdigest() != proven[name]:
             where = _where(checkpoint, record.get("dtype"), tensor)
             raise EquivalenceError(
-                f"{out / WEIGHTS}: {name} is not the tensor that was proven{where}; run fuse again", layer=name.rpartition(".")[0]
+                f"{out / WEIGHTS}: {name} is not the tensor that was proven{where}; run fuse again",
+                layer=name.rpartition(".")[0],
             )
 
 
@@ -60,5 +61,11 @@ def made_again(plan: Plan, tensor: Stored) -> Array | None:
         same = plan.tensors.get(tensor.name)
         return same.raw if same is not None and same.code == tensor.code else None
     parts: list[Array] = []
-    fold_layer(touched, {tensor.name: FORMATS[tensor.code]}, lambda _, __, raw: parts.append(raw.copy().reshape(-1).view(np.uint8)), Buffers(), 0)
+    fold_layer(
+        touched,
+        {tensor.name: FORMATS[tensor.code]},
+        lambda _, __, raw: parts.append(raw.copy().reshape(-1).view(np.uint8)),
+        Buffers(),
+        0,
+    )
     return np.concatenate(parts) if parts else None

@@ -85,7 +85,8 @@ def rounded(value: Array, to: Format) -> Array:
 def half_ulp(value: Array, of: Format) -> Array:
     """Half the spacing of the format at each float64 value: the most that rounding to nearest can move it."""
     _, exponent = np.frexp(value)
-    return np.ldexp(1.0, np.maximum(exponent - 1, of.least) - of.digits)
+    half: Array = np.ldexp(1.0, np.maximum(exponent - 1, of.least) - of.digits)
+    return half
 
 
 def finite(raw: Array, of: Format) -> bool:
@@ -96,6 +97,7 @@ def finite(raw: Array, of: Format) -> bool:
 
 
 def refuse_overflow(name: str, of: Format) -> FusionError:
+    """The error for values that a format cannot hold."""
     return FusionError(
         f"{name}: not finite after rounding to {of.torch}; the values exceed the format. Choose a wider one with --dtype"
     )

@@ -74,7 +74,9 @@ def format_of(stored: Stored) -> Format:
     from reparam_export.streaming.formats import FORMATS
 
     if not stored.is_float:
-        raise FusionError(f"{stored.name}: an adapter sits on a tensor of {stored.code}; only floating point weights can be folded")
+        raise FusionError(
+            f"{stored.name}: an adapter sits on a tensor of {stored.code}; only floating point weights can be folded"
+        )
     return FORMATS[stored.code]
 
 
@@ -129,7 +131,8 @@ def form_of(touched: Touched, seed: int) -> Form | None:
         if form.bias is not None:
             bias = np.zeros(out) if bias is None else bias.copy()
             bias[start:stop] = form.bias
-    return Form(*(tuple(_stored(f, touched.transposed) for f in fs) for fs in (added, gates)), bias, ratio)
+    stored = [tuple(_stored(f, touched.transposed) for f in each) for each in (added, gates)]
+    return Form(stored[0], stored[1], bias, ratio)
 
 
 def _agreement(name: str, base: Affine, params: Any, form: LowRank, seed: int) -> float:

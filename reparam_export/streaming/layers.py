@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from reparam_export.adapters import kind
-from reparam_export.affine import Affine, map_tensors
 from reparam_export.errors import EquivalenceError, FusionError
-from reparam_export.fusion import fold_affine
-from reparam_export.streaming.formats import FORMATS, Array, Format, finite, refuse_overflow, rounded, wide
+from reparam_export.streaming.formats import Array, Format, finite, refuse_overflow, rounded
 from reparam_export.streaming.forms import Form, PartedError, Touched, form_of, format_of
-from reparam_export.streaming.rows import PROBES, SPAN, Fault, Fold, Tally, Workspace, fold_rows
+from reparam_export.streaming.rows import PROBES, SPAN, FaultError, Fold, Tally, Workspace, fold_rows
 from reparam_export.streaming.rows import workspace as new_workspace
 from reparam_export.verification.certificate import LayerEvidence
 
@@ -32,7 +28,7 @@ class Buffers:
 
     def of(self, fold: Fold) -> Workspace:
         key = (fold.values.shape[1], fold.probes.dtype, fold.target)
-        if key not in self.kept or self.kept[key].rows < min(len(fold.values), self.kept[key].rows):
+        if key not in self.kept:
             self.kept.clear()  # one at a time: memory stays small
             self.kept[key] = new_workspace(fold)
         return self.kept[key]
@@ -46,9 +42,7 @@ class Folded:
     bias_changed: bool
 
 
-def fold_layer(
-    touched: Touched, targets: Mapping[str, Format], write: Write, buffers: Buffers, seed: int
-) -> Folded:
+def fold_layer(touched: Touched, targets: Mapping[str, Format], write: Write, buffers: Buffers, seed: int) -> Folded:
     """Fold one module and write its weight and its bias, those of them that ``targets`` names, in that format.
 
     Raises EquivalenceError (with the evidence of this layer) and FusionError.
@@ -56,13 +50,19 @@ def fold_layer(
     try:
         form = form_of(touched, seed)
         if form is None:
-            return _whole(touched, targets, write, seed)
+            from reparam_export.streaming.whole import fold_whole
+
+            return fold_whole(touched, targets, write, seed)
         tally = _weight(touched, form, targets, write, buffers, seed)
         changed = _bias(touched, form.bias, targets, write)
-    except Fault as fault:
-        raise refusal(touched, [fault.row, fault.column], fault.expected, fault.found, fault.ratio, transposed=touched.transposed) from fault
+    except FaultError as fault:
+        raise refusal(
+            touched, [fault.row, fault.column], fault.expected, fault.found, fault.ratio, transposed=touched.transposed
+        ) from fault
     except PartedError as parted:
-        raise refusal(touched, [parted.row], parted.expected, parted.found, parted.ratio, tensor="output row") from parted
+        raise refusal(
+            touched, [parted.row], parted.expected, parted.found, parted.ratio, tensor="output row"
+        ) from parted
     except (TypeError, ValueError, IndexError, AttributeError, KeyError, OverflowError, ArithmeticError) as error:
         raise FusionError(f"{touched.module}: the adapter cannot be folded: {type(error).__name__}: {error}") from error
     return Folded(evidence_of(touched, targets, tally, form), changed)
@@ -132,7 +132,14 @@ QUANTILE = 0.03964
 
 
 def refusal(
-    touched: Touched, index: list[int], expected: float, found: float, ratio: float, *, tensor: str = "weight", transposed: bool = False
+    touched: Touched,
+    index: list[int],
+    expected: float,
+    found: float,
+    ratio: float,
+    *,
+    tensor: str = "weight",
+    transposed: bool = False,
 ) -> EquivalenceError:
     """The error for a layer that is not the trained one."""
     worst = {"tensor": tensor, "index": index, "expected": expected, "found": found}
@@ -146,61 +153,3 @@ def refusal(
         layer=touched.module,
         evidence=evidence,
     )
-
-
-def _whole(touched: Touched, targets: Mapping[str, Format], write: Write, seed: int) -> Folded:
-    """A kind without factors: the whole layer in float64, as ``fuse`` in memory does it, and the same proof."""
-    import torch
-
-    from reparam_export.rounding import round_once
-    from reparam_export.streaming.forms import array64
-    from reparam_export.verification.weights import EXHAUSTIVE_LIMIT, Exact, probe, read_out
-
-    source = format_of(touched.weight)
-    values = wide(touched.weight.values(), source)
-    matrix = torch.from_numpy(values.T if touched.transposed else values)
-    bias = touched.bias64()
-    base = Affine(matrix, None if bias is None else torch.from_numpy(bias))
-    adapters = [a.__class__(a.module, a.kind, map_tensors(a.params, lambda t: torch.from_numpy(array64(t))), a.rows) for a in touched.adapters]
-    fused = fold_affine(touched.module, base, adapters)
-    names = (f"{touched.module}.weight", f"{touched.module}.bias")
-    target = targets.get(names[0], source)
-    weight = round_once(fused.weight, getattr(torch, target.torch))
-    stored = Affine(weight, None if fused.bias is None else round_once(fused.bias, getattr(torch, targets.get(names[1], target).torch)))
-    out, inn = touched.shape
-    numbers: list[dict[str, Any]] = []
-    for adapter in adapters:
-        part = slice(*adapter.rows) if adapter.rows else slice(0, out)
-        exact = Exact(kind(adapter.kind), base.rows(part.start, part.stop), adapter.params, touched.module)
-        held = stored.rows(part.start, part.stop)
-        with torch.no_grad():
-            numbers.append(read_out(exact, held) if inn * inn * out <= EXHAUSTIVE_LIMIT else probe(exact, held, seed))
-    evidence = _together(touched, targets, numbers, stored)
-    if not evidence.passed:
-        at = evidence.worst or {}
-        raise refusal(touched, at.get("index", []), at.get("expected", math.nan), at.get("found", math.nan), evidence.bound_ratio, tensor=at.get("tensor", "weight"))
-    for name, tensor in zip(names, (weight.T if touched.transposed else weight, stored.bias), strict=True):
-        if name in targets and tensor is None:
-            write(name, 0, np.zeros(out, targets[name].raw))
-        elif name in targets:
-            raw = tensor.contiguous().view(torch.int16 if targets[name].size == 2 else tensor.dtype).numpy().view(targets[name].raw)
-            if not finite(raw, targets[name]):
-                raise refuse_overflow(name, targets[name])
-            write(name, 0, raw)
-    same = bias is not None and fused.bias is not None and torch.equal(base.bias, fused.bias)
-    return Folded(evidence, fused.bias is not None and not same)
-
-
-def _together(touched: Touched, targets: Mapping[str, Format], numbers: list[dict[str, Any]], stored: Affine) -> LayerEvidence:
-    """The evidence of a module out of that of its adapters."""
-    worst = max(numbers, key=lambda n: n["bound_ratio"])
-    changed = math.fsum(n["change"] for n in numbers)
-    kept = math.fsum(n["survival"] * n["change"] for n in numbers)
-    order = ("wrong", "rounded", "exact")
-    entries = stored.weight.numel() + (0 if stored.bias is None else stored.bias.numel())
-    return LayerEvidence(
-        module=touched.module, kind=touched.kinds, tensors=tuple(targets), shape=touched.shape, dtype=str(stored.weight.dtype).removeprefix("torch."),
-        method=worst["method"], entries=entries, exact_entries=sum(n["exact_entries"] for n in numbers), max_error=max(n["max_error"] for n in numbers),
-        bound_ratio=worst["bound_ratio"], survival=kept / changed if changed > 0 else 1.0, verdict=min((n["verdict"] for n in numbers), key=order.index),
-        probes=max(n.get("probes", 0) for n in numbers), detectable=max(n.get("detectable", 0.0) for n in numbers), worst=worst["worst"], change=changed,
-    )  # fmt: skip

@@ -79,7 +79,11 @@ class Mapped:
         if not self.values.size:
             return 0.0
         if self.of.size == 2:
-            top = max(int((block & 0x7FFF).max()) for block in np.array_split(self.values, -(-self.values.size // CHUNK)) if block.size)
+            top = max(
+                int((block & 0x7FFF).max())
+                for block in np.array_split(self.values, -(-self.values.size // CHUNK))
+                if block.size
+            )
             return float(wide(np.array([top], np.uint16), self.of)[0])
         return float(max(-self.values.min(), self.values.max()))
 

@@ -13,7 +13,14 @@ from typing import Any
 
 from reparam_export.assembly import base_of
 from reparam_export.checkpoints import Checkpoint, unnumbered
-from reparam_export.errors import CheckpointError, ExportError, FusionError, ReparamError, SharedWeightError, TensorMismatchError
+from reparam_export.errors import (
+    CheckpointError,
+    ExportError,
+    FusionError,
+    ReparamError,
+    SharedWeightError,
+    TensorMismatchError,
+)
 from reparam_export.files import read_json, weight_files
 from reparam_export.fusion import check_covered
 from reparam_export.hf_folder import EMBEDDING, Structure, bias_switches, folder_of, is_known, keywords_of, structure_of
@@ -188,21 +195,35 @@ def _check_names(structure: Structure, stored: Mapping[str, Stored], config: Map
     if structure.shapes is not None:
         wanted = {n: s for n, s in structure.shapes.items() if n not in structure.ties}
         ends = tuple(end for end, _ in CONSTANTS)
-        found = {n: t.shape for n, t in stored.items() if n in wanted or (n not in structure.ties and not n.endswith(ends))}
+        found = {
+            n: t.shape for n, t in stored.items() if n in wanted or (n not in structure.ties and not n.endswith(ends))
+        }
         if found != wanted:
             odd = sorted({n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)})
-            raise NotStreamableError(f"{odd[0]} is {found.get(odd[0])} in the base's files and {wanted.get(odd[0])} in its model")
+            raise NotStreamableError(
+                f"{odd[0]} is {found.get(odd[0])} in the base's files and {wanted.get(odd[0])} in its model"
+            )
         return
     layers = config.get("num_hidden_layers")
     kinds = {unnumbered(name) for name in stored}
-    alike = {name: kind for kind in kinds if "#" in kind.split(".") for name in (kind.replace("#", str(i), 1) for i in range(int(layers or 0)))}
+    alike = {
+        name: kind
+        for kind in kinds
+        if "#" in kind.split(".")
+        for name in (kind.replace("#", str(i), 1) for i in range(int(layers or 0)))
+    }
     missing = sorted(name for name in alike if name not in stored)
     if missing or EMBEDDING not in stored:
         raise _mismatch(missing[0] if missing else EMBEDDING, f"one for each of {layers} layers", None)
 
 
-def _untied(structure: Structure, checkpoint: Checkpoint, config: Mapping[str, Any], base: Base) -> tuple[Structure, dict[str, str]]:
-    """Ties that the adapter would break, broken: structure without them, and new tensor -> where its numbers are. Raises SharedWeightError."""
+def _untied(
+    structure: Structure, checkpoint: Checkpoint, config: Mapping[str, Any], base: Base
+) -> tuple[Structure, dict[str, str]]:
+    """Ties that the adapter would break, broken: structure without them, and new tensor -> the one with its numbers.
+
+    Raises SharedWeightError.
+    """
     changed = {f"{a.module}.weight" for a in checkpoint.adapters} | set(checkpoint.replaced)
     hit = {alias: holder for alias, holder in structure.ties.items() if alias in changed or holder in changed}
     if not hit:
@@ -210,7 +231,9 @@ def _untied(structure: Structure, checkpoint: Checkpoint, config: Mapping[str, A
     apart = structure.ties.keys() <= hit.keys()
     if not is_known(config):
         keyword = f"{base.spec}{'&' if '?' in base.spec else '?'}{UNTIED}=False"
-        apart = apart and UNTIED in config and not structure_of(config, (), replace(base, spec=keyword), exact=True).ties
+        apart = (
+            apart and UNTIED in config and not structure_of(config, (), replace(base, spec=keyword), exact=True).ties
+        )
     if not apart:
         alias, holder = next(iter(hit.items()))
         raise SharedWeightError(
@@ -285,8 +308,12 @@ def _whole_creates_bias(touched: Touched) -> bool:
     from reparam_export.fusion import fold_affine
     from reparam_export.streaming.forms import array64
 
-    adapters = [replace(a, params=map_tensors(a.params, lambda t: torch.from_numpy(array64(t)))) for a in touched.adapters]
-    return fold_affine(touched.module, Affine(torch.zeros(touched.shape, dtype=torch.float64)), adapters).bias is not None
+    adapters = [
+        replace(a, params=map_tensors(a.params, lambda t: torch.from_numpy(array64(t)))) for a in touched.adapters
+    ]
+    return (
+        fold_affine(touched.module, Affine(torch.zeros(touched.shape, dtype=torch.float64)), adapters).bias is not None
+    )
 
 
 def _dtype_entry(config: Mapping[str, Any], target: Format | None) -> dict[str, str]:
@@ -307,10 +334,15 @@ def _shards(
     for path, tensors in files.items():
         names: list[str] = []
         for name in tensors:
-            names += [name, *(n for n, holder in untied.items() if holder == name and not any(n in t for t in files.values()))]
+            names += [
+                name,
+                *(n for n, holder in untied.items() if holder == name and not any(n in t for t in files.values())),
+            ]
         names = [n for name in names for n in ((name, beside[name]) if name in beside else (name,))]
         entries = [(n, *_as_stored(n, stored, target, touched)) for n in names]
-        entries.sort(key=lambda e: -FORMATS[e[1]].size if e[1] in FORMATS else 0)  # aligned, as the library itself orders them
+        entries.sort(
+            key=lambda e: -FORMATS[e[1]].size if e[1] in FORMATS else 0
+        )  # aligned, as the library itself orders them
         header, places, size = layout(entries, metadata)
         shards.append(Shard(_output_name(path), (path,), header, size, _units(places, touched)))
     return tuple(shards)
@@ -324,7 +356,9 @@ def _as_stored(
     module = name.removesuffix(".bias")
     weight = stored.get(f"{module}.weight")
     if of is None and weight is not None:
-        return (target.code if target else weight.code), (touched[module].shape[0] if module in touched else weight.shape[0],)
+        return (target.code if target else weight.code), (
+            touched[module].shape[0] if module in touched else weight.shape[0],
+        )
     if of is None:
         raise CheckpointError(f"{name}: there is no tensor of this name to write")
     return (target.code if target and of.is_float else of.code), of.shape
@@ -341,4 +375,8 @@ def _units(places: list[Place], touched: Mapping[str, Touched]) -> tuple[tuple[s
 
 
 def _output_name(path: Path) -> str:
-    return path.name if path.suffix == ".safetensors" else path.name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
+    return (
+        path.name
+        if path.suffix == ".safetensors"
+        else path.name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
+    )

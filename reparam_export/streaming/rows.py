@@ -3,8 +3,8 @@
 The product y is computed in float32 when the storage has 16 bits. What that may cost is bounded (Higham, Accuracy and Stability of
 Numerical Algorithms, section 3.1): |error of y| <= e. A stored value s is proven to be the rounding of the exact b + y when
 |(b - s) + y| + e is less than half a unit in the last place. The few entries for which that cannot be decided are computed again in
-float64 (Ziv's test; Ziv, "Fast evaluation of elementary mathematical functions with correctly rounded last bit", 1991), so the result is that
-of float64 throughout. ``s`` is read back from the very bytes that are written. Each product is probed with random vectors (Freivalds 1977).
+float64 (Ziv, "Fast evaluation of elementary mathematical functions with correctly rounded last bit", 1991), so the result is that of
+float64 throughout. ``s`` is read back from the very bytes that are written. Each product is probed with random vectors (Freivalds 1977).
 """
 
 from __future__ import annotations
@@ -15,7 +15,19 @@ from typing import Any
 import numpy as np
 
 from reparam_export.affine import Factors
-from reparam_export.streaming.formats import BF16, F16, F32, F64, Array, Format, half_ulp, refuse_overflow, rounded, wide, widen
+from reparam_export.streaming.formats import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    Array,
+    Format,
+    half_ulp,
+    refuse_overflow,
+    rounded,
+    wide,
+    widen,
+)
 
 ENTRIES = 1 << 17  # of one block: its buffers stay in the processor's cache
 SPAN = 8  # blocks whose stored values are kept together, to be settled and written in one go
@@ -24,7 +36,7 @@ PROBES = 4
 TINY = 1e-37  # covers what underflow of a product of float32 may lose
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """A stored entry that is not the rounding of the exact value, or a product that is not the product."""
 
     def __init__(self, row: int, column: int, expected: float, found: float, ratio: float) -> None:
@@ -61,7 +73,8 @@ class Product:
 
     def entries(self, rows: Array, columns: Array) -> Array:
         """Single entries in float64."""
-        return np.einsum("nk,nk->n", self.left[rows], self.columns[columns])
+        found: Array = np.einsum("nk,nk->n", self.left[rows], self.columns[columns])
+        return found
 
 
 @dataclass
@@ -98,9 +111,8 @@ class Fold:
         probes = np.random.default_rng(seed).standard_normal((values.shape[1], PROBES)).astype(np.float32)
         exact = probes.astype(np.float64)
         lengths = np.stack([np.linalg.norm(exact, axis=0), np.abs(exact).sum(axis=0)])
-        return cls(
-            values, source, target, *(Product.of(f, exact, dtype) for f in factors), np.ascontiguousarray(probes.astype(dtype)), lengths
-        )
+        added, gates = (Product.of(f, exact, dtype) for f in factors)
+        return cls(values, source, target, added, gates, np.ascontiguousarray(probes.astype(dtype)), lengths)
 
     @property
     def roundoff(self) -> float:
@@ -118,7 +130,7 @@ class Workspace:
 
 
 def fold_rows(fold: Fold, work: Workspace, start: int, stop: int) -> Array:
-    """Rows start to stop, SPAN blocks at most, raw in the target format; a view of the workspace. Raises Fault, FusionError."""
+    """Rows start to stop, SPAN blocks at most, raw in the target format; a view of the workspace. Raises FaultError, FusionError."""
     out = work.out[: stop - start]
     unsure: list[Array] = []
     error = 0.0
@@ -179,7 +191,7 @@ def multiply(fold: Fold, work: Workspace, start: int, stop: int) -> float:
 
 
 def product(fold: Fold, of: Product, out: Array, start: int, stop: int) -> float:
-    """out = left @ right for these rows, probed; the bound of an entry's error. Raises Fault."""
+    """out = left @ right for these rows, probed; the bound of an entry's error. Raises FaultError."""
     left = of.quick_left[start:stop]
     expected = of.left[start:stop] @ of.probed
     found = np.zeros_like(expected)
@@ -201,12 +213,12 @@ def product(fold: Fold, of: Product, out: Array, start: int, stop: int) -> float
     return float(each.max(initial=0))
 
 
-def located(of: Product, out: Array, start: int, row: int, ratio: float) -> Fault:
+def located(of: Product, out: Array, start: int, row: int, ratio: float) -> FaultError:
     """The entry of a probed row that is furthest from the product in float64."""
     exact = of.left[start + row] @ of.right
     gap = np.nan_to_num(np.abs(out[row] - exact), nan=np.inf)
     column = int(gap.argmax())
-    return Fault(start + row, column, float(exact[column]), float(out[row, column]), ratio)
+    return FaultError(start + row, column, float(exact[column]), float(out[row, column]), ratio)
 
 
 def narrow(z: Array, target: Format, out: Array, spare: Array) -> None:
@@ -252,7 +264,10 @@ def undecided(d: Array, half: Array, work: Workspace) -> Array:
 
 
 def settle(fold: Fold, which: Array, start: int, out: Array, e: float) -> None:
-    """Compute these entries again in float64, round them once and store them. Raises Fault where what stood there is further off than e."""
+    """Compute these entries again in float64, round them once and store them.
+
+    Raises FaultError where what stood there is further off than e explains.
+    """
     columns = out.shape[1]
     rows, column = which // columns + start, which % columns
     base = wide(fold.values[rows, column], fold.source)
@@ -272,17 +287,13 @@ def settle(fold: Fold, which: Array, start: int, out: Array, e: float) -> None:
     if len(bad):
         at = int(bad[0])
         ratio = float(gap[at] / (2 * half[at]))
-        raise Fault(int(rows[at]), int(column[at]), float(exact[at]), float(wide(found, fold.target)[at]), ratio)
+        raise FaultError(int(rows[at]), int(column[at]), float(exact[at]), float(wide(found, fold.target)[at]), ratio)
     out.reshape(-1)[which] = right
     fold.tally.undecided += len(which)
     fold.tally.ratio = max(fold.tally.ratio, float((np.abs(stored - exact) / (2 * half)).max()))
 
 
 def workspace(fold: Fold) -> Workspace:
-    """Buffers for a weight's blocks."""
-    rows, columns = fold.values.shape
-    step = min(rows, max(1, ENTRIES // max(1, columns)))
-    return Workspace(step, columns, fold.probes.dtype, fold.target)
-
-
-__all__ = ["BF16", "F32", "Fault", "Fold", "Tally", "Workspace", "fold_rows", "workspace"]
+    """Buffers for a weight's blocks. How it is cut into blocks depends on its width alone, so the same input gives the same numbers."""
+    columns = fold.values.shape[1]
+    return Workspace(max(1, ENTRIES // max(1, columns)), columns, fold.probes.dtype, fold.target)

@@ -20,6 +20,7 @@ from reparam_export.errors import CheckpointError
 from reparam_export.files import load_pickle
 from reparam_export.streaming.formats import FORMATS, SIZES, Array
 
+
 @dataclass(frozen=True)
 class Stored:
     """One tensor as it lies in a file or in memory. ``code``: its dtype as safetensors names it; ``raw``: its bytes, mapped."""
@@ -61,7 +62,9 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
     header.pop("__metadata__", None)
     start = 8 + size
     return {
-        name: Stored(name, e["dtype"], tuple(e["shape"]), whole[start + e["data_offsets"][0] : start + e["data_offsets"][1]])
+        name: Stored(
+            name, e["dtype"], tuple(e["shape"]), whole[start + e["data_offsets"][0] : start + e["data_offsets"][1]]
+        )
         for name, e in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     }
 
@@ -105,7 +108,9 @@ class Place:
         return int(np.prod(self.shape, dtype=np.int64)) * SIZES[self.code]
 
 
-def layout(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> tuple[bytes, list[Place], int]:
+def layout(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[Place], int]:
     """Header bytes, places and size of a safetensors file with these (name, code, shape), in this order.
 
     The header's length does not depend on the offsets' digits alone, so it is found first with offsets counted from the data's start.
@@ -126,7 +131,7 @@ def layout(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mappin
 
 def write_at(fd: int, raw: Array, offset: int) -> None:
     """All bytes of a contiguous array at one place of an open file. Raises OSError."""
-    view = memoryview(raw).cast("B")
+    view = raw.data.cast("B")
     while view:
         done = os.pwrite(fd, view, offset)
         view, offset = view[done:], offset + done

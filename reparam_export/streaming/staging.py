@@ -36,7 +36,10 @@ class Staging:
         self.finished: dict[str, dict[str, Any]] = {}
 
     def take_up(self, *, resume: bool) -> None:
-        """What is finished already, when it is to be resumed; nothing on disk is changed. Raises UsageError when what is there was made from something else."""
+        """What is finished already, when it is to be resumed; nothing on disk is changed.
+
+        Raises UsageError when what is there was made from something else.
+        """
         if resume and (self.root / PROGRESS).is_file():
             content = read_json(self.root / PROGRESS)
             if content.get("plan") != self.plan.digest():
@@ -68,7 +71,7 @@ class Staging:
             return False
         content = np.memmap(path, np.uint8, "r")
         places = [place for _, filled in shard.units for place in filled]
-        found = {p.name: blake3(content[p.offset : p.offset + p.nbytes]).hexdigest() for p in places}
+        found = {p.name: blake3(content[p.offset : p.offset + p.nbytes].data).hexdigest() for p in places}
         return found == digests and content[: len(shard.header)].tobytes() == shard.header
 
     def finish(self, shard: Shard, entry: Mapping[str, Any]) -> None:
@@ -141,9 +144,9 @@ def write_synced(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def replaced(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a temporary file beside ``path``, and rename it once it is on disk."""
     temporary = path.with_name(f".{path.name}.partial")
     write(temporary)
     sync(temporary)
     temporary.replace(path)
     sync(path.parent)
-

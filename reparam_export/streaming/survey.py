@@ -1,4 +1,4 @@
-"""How much of an adapter's change each storage format would keep, layer by layer, measured on the weights themselves; nothing is written."""
+"""How much of an adapter's change each storage format would keep, layer by layer, measured on the weights; nothing is written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def kept(touched: Touched, target: Format, buffers: Buffers) -> Kept:
     """One layer in one format; nothing where the fused weight exceeds its range."""
     name = f"{touched.module}.weight"
     try:
-        evidence = fold_layer(touched, {name: target}, lambda *_: None, buffers, crc32(touched.module.encode())).evidence
+        evidence = fold_layer(
+            touched, {name: target}, lambda *_: None, buffers, crc32(touched.module.encode())
+        ).evidence
     except FusionError as error:
         if "not finite" not in str(error):
             raise

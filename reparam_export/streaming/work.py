@@ -208,12 +208,14 @@ def cast(place: Place, values: Array, of: Format, target: Format, write: Writer)
 
 
 def memory_needed(plan: Plan) -> int:
-    """Bytes of anonymous memory at most: buffers of every thread, the factors of a layer in float64, a whole layer for kinds without any."""
-    from reparam_export.affine import tensors_of
+    """Bytes of anonymous memory at most: the adapters, buffers of every thread, a whole layer in float64 for kinds without factors."""
     from reparam_export.adapters import kind
+    from reparam_export.affine import tensors_of
 
     buffers = workers() * (6 * 8 * 2 * rows.ENTRIES + rows.SPAN * 4 * rows.ENTRIES)
-    adapters = sum(t.nbytes for touched in plan.touched.values() for a in touched.adapters for t in tensors_of(a.params).values())
+    adapters: int = sum(
+        t.nbytes for touched in plan.touched.values() for a in touched.adapters for t in tensors_of(a.params).values()
+    )
     whole = [t for t in plan.touched.values() if any(not hasattr(kind(a.kind), "low_rank") for a in t.adapters)]
     largest = max((int(np.prod(t.weight.shape)) * 8 * 6 for t in whole), default=0)
     return 120_000_000 + buffers + adapters + workers() * largest
@@ -221,21 +223,20 @@ def memory_needed(plan: Plan) -> int:
 
 def seconds_expected(plan: Plan) -> float:
     """Of folding, on all cores: measured on the first rows of the largest touched weight; reading and writing is the disk's."""
-    from reparam_export.streaming.forms import creates_bias, format_of
+    from reparam_export.streaming.forms import format_of
 
     if not plan.touched:
         return 0.0
     largest = max(plan.touched.values(), key=lambda t: len(t.weight.raw))
-    creates_bias(largest)
     source = format_of(largest.weight)
-    values = largest.weight.values()[:64]
+    values = largest.weight.values()[: max(1, rows.ENTRIES // largest.weight.shape[1])]
     factors = ((np.ones((len(values), 16)), np.full((16, values.shape[1]), 1e-4)),)
     fold = rows.Fold.of(values, source, plan.storage or source, (factors, ()), 0)
     work = rows.workspace(fold)
     best = float("inf")
-    for _ in range(3):
+    for _ in range(5):
         started = time.perf_counter()
-        rows.fold_rows(fold, work, 0, min(len(values), work.rows))
+        rows.fold_rows(fold, work, 0, len(values))
         best = min(best, time.perf_counter() - started)
-    return plan.entries * best / (min(len(values), work.rows) * values.shape[1]) / workers()
-
+    measured: float = plan.entries * best / values.size / workers()
+    return measured

@@ -73,11 +73,17 @@ def test_factors_fold_to_what_fuse_folds_to(name: str, seed: int) -> None:
         form = low_rank(name, Affine(Mapped(stored, F64, transposed), bias), arrays)
         assert form is not None
         found = form.fold(Affine(layer.weight.numpy(), bias))
-        for got, want in ((found.weight, expected.weight), (found.bias, expected.bias), (plain.fold(layer).weight, expected.weight)):
+        for got, want in (
+            (found.weight, expected.weight),
+            (found.bias, expected.bias),
+            (plain.fold(layer).weight, expected.weight),
+        ):
             assert (got is None) == (want is None)
             if want is not None:
                 np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
-    shown = low_rank(name, Affine(Nothing((out, inn)), bias), map_tensors(arrays, lambda t: np.broadcast_to(0.0, t.shape)))
+    shown = low_rank(
+        name, Affine(Nothing((out, inn)), bias), map_tensors(arrays, lambda t: np.broadcast_to(0.0, t.shape))
+    )
     assert shown is not None
     assert (shown.bias is None) == (expected.bias is None)
 

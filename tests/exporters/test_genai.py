@@ -16,7 +16,9 @@ from reparam_export.errors import EquivalenceError, ExportError, UsageError
 from reparam_export.exporters import genai
 from reparam_export.verification import VerifiedModel
 
-LAYERS = [f"model.layers.{i}.{end}" for i in range(2) for end in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
+LAYERS = [
+    f"model.layers.{i}.{end}" for i in range(2) for end in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
@@ -30,7 +32,9 @@ def tokenizer(folder: Path) -> None:
     assert len(vocabulary) <= VOCAB
     made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
 
 
 def verified(tmp_path: Path, name: str, dtype: torch.dtype) -> VerifiedModel:
@@ -83,7 +87,9 @@ def rebuilt(built: tuple[VerifiedModel, Path, Any], monkeypatch: pytest.MonkeyPa
     return model
 
 
-def test_other_tokens_are_refused_and_nothing_is_kept(rebuilt: VerifiedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_tokens_are_refused_and_nothing_is_kept(
+    rebuilt: VerifiedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     honest = genai.Runner.generate
 
     def faulty(self: Any, ids: Any, count: int) -> list[int]:
@@ -96,7 +102,9 @@ def test_other_tokens_are_refused_and_nothing_is_kept(rebuilt: VerifiedModel, tm
     assert not (tmp_path / "genai").exists()
 
 
-def test_other_logits_are_refused_and_nothing_is_kept(rebuilt: VerifiedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_logits_are_refused_and_nothing_is_kept(
+    rebuilt: VerifiedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     honest = genai.Runner.logits
     monkeypatch.setattr(genai.Runner, "logits", lambda self, ids: honest(self, ids) * 1.01)
     with pytest.raises(EquivalenceError, match="logits at batch 1"):

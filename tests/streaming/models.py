@@ -61,12 +61,22 @@ def llama_state(layers: int, dtype: torch.dtype, *, tied: bool = False) -> dict[
 
 
 def llama(
-    folder: Path, *, layers: int = 2, dtype: torch.dtype = torch.bfloat16, shards: int = 1, tied: bool = False, pickled: bool = False
+    folder: Path,
+    *,
+    layers: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    shards: int = 1,
+    tied: bool = False,
+    pickled: bool = False,
 ) -> Path:
     """A LLaMA folder as save_pretrained writes it: one file, or shards with their index; ``pickled``: .bin files."""
     folder.mkdir(parents=True)
     state = llama_state(layers, dtype, tied=tied)
-    config = CONFIG | {"num_hidden_layers": layers, "tie_word_embeddings": tied, "dtype": str(dtype).removeprefix("torch.")}
+    config = CONFIG | {
+        "num_hidden_layers": layers,
+        "tie_word_embeddings": tied,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 64}')
     (folder / "modeling_own.py").write_text("raise SystemExit('code of a model must not travel')")
@@ -119,7 +129,9 @@ def lora(folder: Path, base: Path, *, modules: Sequence[str] | None = None, rank
     return folder
 
 
-def native(file: Path, base: Path, name: str, modules: Sequence[str], scale: float = 0.05, **replaced: torch.Tensor) -> Path:
+def native(
+    file: Path, base: Path, name: str, modules: Sequence[str], scale: float = 0.05, **replaced: torch.Tensor
+) -> Path:
     """A checkpoint of our own format with one kind of adapter on some modules, small beside the weights."""
     adapters = []
     for seed, module in enumerate(modules):

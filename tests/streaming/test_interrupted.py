@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from streaming.models import llama, lora
 
 from reparam_export.files import fingerprint
+from streaming.models import llama, lora
 
 # counts the calls that touch the disk, and kills the process at one of them; prints their number when it lives
 DRIVER = """
@@ -98,7 +98,9 @@ def test_killed_at_any_call_it_leaves_nothing_or_all_and_resumes(given: dict[str
                 assert (out / "hf" / path.name).stat().st_mtime_ns == written  # not folded again
 
 
-def test_killed_while_replacing_an_older_result_it_leaves_the_old_one_or_the_new(given: dict[str, Path], tmp_path: Path) -> None:
+def test_killed_while_replacing_an_older_result_it_leaves_the_old_one_or_the_new(
+    given: dict[str, Path], tmp_path: Path
+) -> None:
     old, new = state(given["clean-a"]), state(given["clean-b"])
     for number, at in enumerate(points(given, 3, seed=2)):
         out = tmp_path / str(number)
@@ -199,13 +201,18 @@ def test_a_disk_that_fills_up_while_writing(given: dict[str, Path], tmp_path: Pa
     """A file system of half a megabyte: the room is checked before, so the check is led to believe in more."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
     if mounted.returncode != 0:
         pytest.fail(f"cannot mount: {mounted.stderr!r}")
     try:
         small = run(0, "fuse", given["a"], "-o", disk / "out")
         assert "are needed" in small.stderr
-        code = DRIVER.replace("from reparam_export.cli import cli", "import reparam_export.streaming as s\ns.SPARE = -10**9\nfrom reparam_export.cli import cli")
+        code = DRIVER.replace(
+            "from reparam_export.cli import cli",
+            "import reparam_export.streaming as s\ns.SPARE = -10**9\nfrom reparam_export.cli import cli",
+        )
         command = [sys.executable, "-c", code, "0", "fuse", str(given["a"]), "-o", str(disk / "out")]
         full = subprocess.run(command, capture_output=True, text=True, check=False)
         assert full.returncode != 0

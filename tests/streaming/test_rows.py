@@ -12,7 +12,7 @@ from reparam_export.errors import FusionError
 from reparam_export.rounding import round_once
 from reparam_export.streaming import rows
 from reparam_export.streaming.formats import BF16, F16, F32, F64, Format, finite, half_ulp, rounded, wide
-from reparam_export.streaming.rows import Fault, Fold, fold_rows, workspace
+from reparam_export.streaming.rows import FaultError, Fold, fold_rows, workspace
 from reparam_export.verification.weights import half_ulp as half_ulp_of_torch
 
 DTYPES = {BF16: torch.bfloat16, F16: torch.float16, F32: torch.float32}
@@ -100,7 +100,7 @@ def test_a_wrong_entry_of_the_rounded_block_is_named(monkeypatch: pytest.MonkeyP
 
     fold, exact = case(BF16, BF16, gates=True, seed=2)
     monkeypatch.setattr(rows, "narrow", faulty)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(FaultError) as caught:
         folded(fold)
     assert (caught.value.row, caught.value.column) == (7, 30)
     assert caught.value.expected == pytest.approx(exact[7, 30], rel=1e-12)
@@ -119,7 +119,7 @@ def test_a_wrong_entry_of_a_product_is_named(monkeypatch: pytest.MonkeyPatch, si
             out[11, 5] += np.float32(size)
 
     monkeypatch.setattr(rows.np, "matmul", faulty)
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(FaultError) as caught:
         folded(fold)
     assert caught.value.row == 11
     assert caught.value.column % 64 == 5
@@ -129,7 +129,9 @@ def test_a_wrong_entry_of_a_product_is_named(monkeypatch: pytest.MonkeyPatch, si
 def test_formats_are_those_of_torch(of: Format) -> None:
     """Rounding, widening and spacing against torch and against ``round_once``."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(5000, generator=generator, dtype=torch.float64) * torch.logspace(-30, 4, 5000, dtype=torch.float64)
+    values = torch.randn(5000, generator=generator, dtype=torch.float64) * torch.logspace(
+        -30, 4, 5000, dtype=torch.float64
+    )
     raw = rounded(values.numpy(), of)
     assert np.array_equal(raw, raw_of(round_once(values, DTYPES[of])))
     assert np.array_equal(rounded(values.float().numpy(), of), raw_of(values.float().to(DTYPES[of])))

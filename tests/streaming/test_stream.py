@@ -1,4 +1,4 @@
-"""Streaming a Hugging Face folder: the bytes of folding in memory, the base's own sharding, and what is refused before anything is written."""
+"""Streaming a Hugging Face folder: the bytes of folding in memory, the base's own sharding, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import CASES
 from safetensors.torch import load_file, save_file
-from streaming.models import HIDDEN, VOCAB, llama, lora, native
 
 import reparam_export as rx
 from reparam_export.checkpoints import read
@@ -20,6 +19,7 @@ from reparam_export.errors import CheckpointError, EquivalenceError, FusionError
 from reparam_export.folder import load_fused, save_streamed
 from reparam_export.streaming import NotStreamableError, Plan, plan_of, rows, stream
 from reparam_export.verification.weights import half_ulp
+from streaming.models import HIDDEN, VOCAB, llama, lora, native
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +62,13 @@ def test_lora_gives_the_bytes_of_folding_in_memory(tmp_path: Path, dtype: torch.
 
 @pytest.mark.parametrize("name", ["hydra", "glora", "repadapter"])
 @pytest.mark.parametrize("storage", [None, "fp32"])
-def test_every_kind_with_factors_gives_the_bytes_of_folding_in_memory(tmp_path: Path, name: str, storage: str | None) -> None:
+def test_every_kind_with_factors_gives_the_bytes_of_folding_in_memory(
+    tmp_path: Path, name: str, storage: str | None
+) -> None:
     base = llama(tmp_path / "base", shards=3)
-    modules = [f"model.layers.{i}.{end}" for i in range(2) for end in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
+    modules = [
+        f"model.layers.{i}.{end}" for i in range(2) for end in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+    ]
     file = native(tmp_path / "ckpt.pt", base, name, modules)
     expected = rx.fuse(read(file), storage)
     found = fused_by_rows(file, tmp_path / "out", storage)
@@ -75,7 +79,9 @@ def test_every_kind_with_factors_gives_the_bytes_of_folding_in_memory(tmp_path: 
     assert all(not found[n].any() for n in record["apart"])
 
 
-@pytest.mark.parametrize("name", ["peft_lora", "peft_lora_gpt2", "peft_lora_embed_head", "glora_llama", "peft_lora_trainable_tokens"])
+@pytest.mark.parametrize(
+    "name", ["peft_lora", "peft_lora_gpt2", "peft_lora_embed_head", "glora_llama", "peft_lora_trainable_tokens"]
+)
 def test_recorded_cases_give_the_bytes_of_folding_in_memory(tmp_path: Path, name: str) -> None:
     """Conv1D, embeddings, trained heads, created biases; trained tokens have no factors and are folded as whole layers."""
     path, given = CASES[name].arguments()
@@ -83,7 +89,11 @@ def test_recorded_cases_give_the_bytes_of_folding_in_memory(tmp_path: Path, name
     fused_by_rows(path, tmp_path / "out", **given)
     checkpoint, weights = load_fused(tmp_path / "out")
     same_bytes(dict(weights.tensors), dict(expected.tensors))
-    assert weights.sha256() == expected.sha256() == json.loads((tmp_path / "out" / "fused.json").read_text())["weights_sha256"]
+    assert (
+        weights.sha256()
+        == expected.sha256()
+        == json.loads((tmp_path / "out" / "fused.json").read_text())["weights_sha256"]
+    )
     assert (weights.changed, weights.created, weights.replaced, dict(weights.aliases)) == (
         expected.changed,
         expected.created,
@@ -93,7 +103,9 @@ def test_recorded_cases_give_the_bytes_of_folding_in_memory(tmp_path: Path, name
     assert rx.verify(checkpoint, weights, CASES[name].inputs()).certificate.verdict == "exact"
 
 
-@pytest.mark.parametrize("options", [{"pickled": True}, {"pickled": True, "shards": 2}, {"shards": 1}, {"shards": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"pickled": True}, {"pickled": True, "shards": 2}, {"shards": 1}, {"shards": 4}], ids=str
+)
 def test_the_bases_own_sharding_is_kept(tmp_path: Path, options: dict[str, Any]) -> None:
     base = llama(tmp_path / "base", **options)
     adapter = lora(tmp_path / "adapter", base, modules=LAYERS)
@@ -208,7 +220,9 @@ def test_no_torch_is_imported_for_kinds_with_factors(tmp_path: Path) -> None:
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_scale_in_the_factors_is_caught_by_the_kinds_own_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_scale_in_the_factors_is_caught_by_the_kinds_own_forward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from reparam_export.adapters import lora as of_lora
     from reparam_export.affine import Affine, LowRank
 
@@ -245,7 +259,9 @@ def test_a_wrong_factor_of_any_kind_is_caught(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "out").exists()
 
 
-def test_a_fault_in_one_stored_entry_is_named_and_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_one_stored_entry_is_named_and_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = llama(tmp_path / "base", shards=2)
     adapter = lora(tmp_path / "adapter", base)
     honest = rows.narrow
@@ -317,7 +333,9 @@ def test_damaged_bases_are_refused_before_anything_is_written(tmp_path: Path) ->
         refused(adapter, CheckpointError, "index.json")
     index.write_text(json.dumps({**whole, "weight_map": {**whole["weight_map"], "extra.weight": second.name}}))
     refused(adapter, TensorMismatchError, r"extra\.weight")
-    index.write_text(json.dumps({**whole, "weight_map": {k: v for k, v in whole["weight_map"].items() if k != "lm_head.weight"}}))
+    index.write_text(
+        json.dumps({**whole, "weight_map": {k: v for k, v in whole["weight_map"].items() if k != "lm_head.weight"}})
+    )
     refused(adapter, TensorMismatchError, r"lm_head\.weight")
     index.write_text(json.dumps(whole))
     content = second.read_bytes()
@@ -343,7 +361,9 @@ def test_a_base_with_a_layer_missing_or_of_another_size_is_refused(tmp_path: Pat
 def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
     base = llama(tmp_path / "base")
     deep = llama(tmp_path / "deep", layers=3)
-    refused(lora(tmp_path / "adapter", deep), TensorMismatchError, r"model\.layers\.2", base=f"hf:{base}?task=CAUSAL_LM")
+    refused(
+        lora(tmp_path / "adapter", deep), TensorMismatchError, r"model\.layers\.2", base=f"hf:{base}?task=CAUSAL_LM"
+    )
     part = lora(tmp_path / "part", base, modules=LAYERS)
     config = json.loads((part / "adapter_config.json").read_text())
     (part / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["k_proj", "down_proj"]}))
@@ -354,7 +374,10 @@ def test_a_change_of_nothing_is_refused(tmp_path: Path) -> None:
     base = llama(tmp_path / "base")
     adapter = lora(tmp_path / "adapter", base)
     state = load_file(adapter / "adapter_model.safetensors")
-    save_file({n: torch.zeros_like(t) if "lora_B" in n else t for n, t in state.items()}, adapter / "adapter_model.safetensors")
+    save_file(
+        {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in state.items()},
+        adapter / "adapter_model.safetensors",
+    )
     with pytest.raises(FusionError, match="changes nothing"):
         fused_by_rows(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
