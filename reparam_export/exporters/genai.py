@@ -171,10 +171,19 @@ class Runner:
 
         return [int(token) for token in genai.Tokenizer(self._model).encode(text)]
 
+    @property
+    def context(self) -> int:
+        """How many tokens the model was made for."""
+        return int(self._config()["context_length"])
+
     def _head_size(self) -> int:
+        return int(self._config()["decoder"]["head_size"])
+
+    def _config(self) -> dict[str, Any]:
         from reparam_export.files import read_json
 
-        return int(read_json(self.path / "genai_config.json")["model"]["decoder"]["head_size"])
+        content: dict[str, Any] = read_json(self.path / "genai_config.json")["model"]
+        return content
 
 
 def export_genai(model: VerifiedModel, folder: Path, precision: str = "fp32") -> Artifact:
@@ -277,6 +286,7 @@ def generation(model: VerifiedModel, runner: Runner, source: Path, bound: float)
     for prompt in PROMPTS:
         ids = [int(i) for i in tokenizer(prompt)["input_ids"]]
         alike += runner.encode(prompt) == ids
+        ids = ids[: max(1, runner.context - NEW_TOKENS)]
         expected, found = (
             ended(tokens, NEW_TOKENS, ends)
             for tokens in (greedy(unfused, ids, NEW_TOKENS, ends), runner.generate(ids, NEW_TOKENS))

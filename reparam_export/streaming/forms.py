@@ -7,6 +7,7 @@ entry by entry with W; else on some rows of W, the first among them.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,10 @@ from reparam_export.checkpoints import Adapter
 from reparam_export.errors import FusionError
 from reparam_export.fusion import check_shapes
 from reparam_export.streaming.formats import Array, Format, wide
-from reparam_export.streaming.matrix import Mapped, Nothing
+from reparam_export.streaming.matrix import Mapped, Nothing, Watch
 from reparam_export.streaming.shards import Stored, of_tensor
 
-VECTORS = 8
+VECTORS = 3
 SAMPLED = 64  # rows of W on which factors of gates are compared
 U64 = 2.0**-53
 
@@ -67,6 +68,7 @@ class Form:
     gates: tuple[Factors, ...]
     bias: Array | None
     ratio: float  # worst disagreement of the factors with ``apply``, over its bound
+    seconds: float  # of this thread that the comparison took
 
 
 def format_of(stored: Stored) -> Format:
@@ -97,14 +99,20 @@ def creates_bias(touched: Touched) -> bool | None:
         return False
     found = False
     for adapter in touched.adapters:
-        out, inn = touched.shape
-        part = Affine(Nothing((out, inn))[slice(*adapter.rows)] if adapter.rows else Nothing((out, inn)))
-        check_shapes(touched.module, part, adapter)
-        form = low_rank(adapter.kind, part, map_tensors(adapter.params, lambda t: np.broadcast_to(0.0, tuple(t.shape))))
+        whole = Nothing(touched.shape)
+        part = whole[slice(*adapter.rows)] if adapter.rows else whole
+        check_shapes(touched.module, Affine(part), adapter)
+        form = _shown(adapter, part.shape, None)
         if form is None:
             return None
         found |= form.bias is not None
     return found
+
+
+def _shown(adapter: Adapter, shape: tuple[int, int], bias: Array | None) -> LowRank | None:
+    """The factors of a layer of zeros with an adapter of zeros: which there are, at no cost."""
+    zeros = map_tensors(adapter.params, lambda t: np.broadcast_to(0.0, tuple(t.shape)))
+    return low_rank(adapter.kind, Affine(Nothing(shape), bias), zeros)
 
 
 def form_of(touched: Touched, seed: int) -> Form | None:
@@ -116,36 +124,42 @@ def form_of(touched: Touched, seed: int) -> Form | None:
     bias = touched.bias64()
     added: list[Factors] = []
     gates: list[Factors] = []
-    ratio = 0.0
+    ratio = seconds = 0.0
     for number, adapter in enumerate(touched.adapters):
         start, stop = adapter.rows or (0, out)
         part = Affine(whole[start:stop], None if bias is None else bias[start:stop])
         check_shapes(touched.module, part, adapter)
         params = params64(adapter)
+        x = np.random.default_rng(seed + number).standard_normal((1 + VECTORS, part.in_features))
+        x[0] = 0
+        shown = _shown(adapter, part.weight.shape, part.bias)
+        if shown is not None and not shown.gates:  # then W enters the forward by products alone
+            part.weight.watch = Watch(x)
         form = low_rank(adapter.kind, part, params)
         if form is None:
             return None
-        ratio = max(ratio, _agreement(adapter.kind, part, params, form, seed + number))
+        started = time.thread_time()
+        ratio = max(ratio, _agreement(adapter.kind, part, params, form, x))
+        seconds += time.thread_time() - started
         added += [_spread(f, (start, stop), out) for f in form.added]
         gates += [_spread(f, (start, stop), out) for f in form.gates]
         if form.bias is not None:
             bias = np.zeros(out) if bias is None else bias.copy()
             bias[start:stop] = form.bias
     stored = [tuple(_stored(f, touched.transposed) for f in each) for each in (added, gates)]
-    return Form(stored[0], stored[1], bias, ratio)
+    return Form(stored[0], stored[1], bias, ratio, seconds)
 
 
-def _agreement(name: str, base: Affine, params: Any, form: LowRank, seed: int) -> float:
-    """The worst difference of the factors' map from the kind's own forward, over its bound. Raises PartedError above 1."""
-    generator = np.random.default_rng(seed)
-    x = np.concatenate([np.zeros((1, base.in_features)), generator.standard_normal((VECTORS, base.in_features))])
+def _agreement(name: str, base: Affine, params: Any, form: LowRank, x: Array) -> float:
+    """The worst difference of the factors' map from the kind's own forward on x, over its bound. Raises PartedError above 1."""
     try:
         if form.gates:
             raise TypeError("gates need the entries of W")
         which = np.arange(base.out_features)
         claimed, expected, size = _all_rows(name, base, params, form, x)
     except TypeError:  # the forward needs single entries of W
-        which = np.unique(np.concatenate([[0], generator.integers(0, base.out_features, SAMPLED)]))
+        chosen = np.random.default_rng(base.out_features).integers(0, base.out_features, SAMPLED)
+        which = np.unique(np.concatenate([[0], chosen]))
         base = Affine(base.weight.rows(which), None if base.bias is None else base.bias[which])
         params, form = _rows_of_params(name, base, params, which), _rows_of_form(form, which)
         claimed, expected = form.fold(base)(x), kind(name).apply(x, base, params)

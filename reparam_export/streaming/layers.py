@@ -40,6 +40,7 @@ class Folded:
 
     evidence: LayerEvidence
     bias_changed: bool
+    proving: float = 0.0  # seconds of the thread that probes took
 
 
 def fold_layer(touched: Touched, targets: Mapping[str, Format], write: Write, buffers: Buffers, seed: int) -> Folded:
@@ -65,7 +66,7 @@ def fold_layer(touched: Touched, targets: Mapping[str, Format], write: Write, bu
         ) from parted
     except (TypeError, ValueError, IndexError, AttributeError, KeyError, OverflowError, ArithmeticError) as error:
         raise FusionError(f"{touched.module}: the adapter cannot be folded: {type(error).__name__}: {error}") from error
-    return Folded(evidence_of(touched, targets, tally, form), changed)
+    return Folded(evidence_of(touched, targets, tally, form), changed, tally.probing + form.seconds)
 
 
 def _weight(

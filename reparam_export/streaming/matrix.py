@@ -7,6 +7,7 @@ and is folded as a whole layer.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,14 @@ import numpy as np
 from reparam_export.streaming.formats import Array, Format, wide
 
 CHUNK = 1 << 17  # entries widened to float64 at a time: they stay in cache
+
+
+@dataclass
+class Watch:
+    """Rows x (n, in) whose product x W^T is wanted too: it is made along with the first pass over W, and found again for the same x."""
+
+    x: Array
+    product: Array | None = None
 
 
 class Mapped:
@@ -24,6 +33,8 @@ class Mapped:
     def __init__(self, values: Array, of: Format, transposed: bool) -> None:
         self.values, self.of, self.transposed = values, of, transposed
         self.passes = 0
+        self.watch: Watch | None = None
+        self.of_watch = False  # is this the W^T that ``x @ W.T`` asks for?
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -32,7 +43,9 @@ class Mapped:
 
     @property
     def T(self) -> Mapped:  # noqa: N802
-        return Mapped(self.values, self.of, not self.transposed)
+        turned = Mapped(self.values, self.of, not self.transposed)
+        turned.watch, turned.of_watch = self.watch, not self.of_watch
+        return turned
 
     def __getitem__(self, rows: slice) -> Mapped:
         if not isinstance(rows, slice):
@@ -42,37 +55,46 @@ class Mapped:
 
     def __matmul__(self, right: Array) -> Array:
         self.passes += 1
-        return self._from_right(right) if self.transposed else self._from_left(right)
+        return self._product(right, by_columns=self.transposed)
 
     def __rmatmul__(self, left: Array) -> Array:
+        if self.of_watch and self.watch is not None and left is self.watch.x and self.watch.product is not None:
+            return self.watch.product
         self.passes += 1
-        return self.T._from_right_of(left)
-
-    def _from_left(self, right: Array) -> Array:
-        """values @ right, rows of values at a time."""
-        out = np.empty((len(self.values), *right.shape[1:]))
-        for start, block in self.blocks():
-            out[start : start + len(block)] = block @ right
-        return out
-
-    def _from_right(self, right: Array) -> Array:
-        """values.T @ right, summed over rows of values."""
-        out = np.zeros((self.values.shape[1], *right.shape[1:]))
-        for start, block in self.blocks():
-            out += block.T @ right[start : start + len(block)]
-        return out
-
-    def _from_right_of(self, left: Array) -> Array:
-        """left @ W, called on W.T: the same two ways with everything transposed."""
         flat = np.ascontiguousarray(left.reshape(-1, left.shape[-1]).T)
-        made = self._from_right(flat) if self.transposed else self._from_left(flat)
+        made = self._product(flat, by_columns=not self.transposed)
         return cast(Array, made.T.reshape(*left.shape[:-1], -1))
+
+    def _product(self, right: Array, *, by_columns: bool) -> Array:
+        """values @ right, or values.T @ right when by columns; rows of values at a time."""
+        rows, columns = self.values.shape
+        out = np.zeros((columns if by_columns else rows, *right.shape[1:]))
+        for start, block in self.blocks():
+            part = slice(start, start + len(block))
+            if by_columns:
+                out += (right[part].T @ block).T
+            else:
+                out[part] = block @ right
+        return out
 
     def blocks(self) -> Iterator[tuple[int, Array]]:
         """Stored rows in float64, a block at a time, with the number of the first."""
-        step = max(1, CHUNK // max(1, self.values.shape[1]))
-        for start in range(0, len(self.values), step):
-            yield start, wide(self.values[start : start + step], self.of)
+        rows, columns = self.values.shape
+        step = max(1, CHUNK // max(1, columns))
+        watch = self.watch if self.watch is not None and self.watch.product is None else None
+        inputs = self.transposed != self.of_watch  # rows of values are W's inputs
+        seen = None if watch is None else np.zeros((len(watch.x), columns if inputs else rows))
+        for start in range(0, rows, step):
+            block = wide(self.values[start : start + step], self.of)
+            if watch is not None and seen is not None:
+                part = slice(start, start + len(block))
+                if inputs:
+                    seen += watch.x[:, part] @ block
+                else:
+                    seen[:, part] = watch.x @ block.T
+            yield start, block
+        if watch is not None:
+            watch.product = seen
 
     def largest(self) -> float:
         """The size of the largest entry."""

@@ -9,6 +9,7 @@ float64 throughout. ``s`` is read back from the very bytes that are written. Eac
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +90,7 @@ class Tally:
     detectable: float = 0.0  # largest row error that all probes would miss with chance 1e-6
     norm: float = 0.0  # |stored|^2 of a row, on average over the first ones
     undecided: int = 0  # entries computed again in float64
+    probing: float = 0.0  # seconds of this thread that the probes took
 
 
 @dataclass
@@ -193,15 +195,24 @@ def multiply(fold: Fold, work: Workspace, start: int, stop: int) -> float:
 def product(fold: Fold, of: Product, out: Array, start: int, stop: int) -> float:
     """out = left @ right for these rows, probed; the bound of an entry's error. Raises FaultError."""
     left = of.quick_left[start:stop]
-    expected = of.left[start:stop] @ of.probed
+    for column in range(0, of.width, PANEL):
+        np.matmul(left, of.quick_right[:, column : column + PANEL], out=out[:, column : column + PANEL])
+    each = (left.shape[1] + 4) * fold.roundoff * of.size[start:stop]  # k products and sums, the factors' own rounding
+    started = time.thread_time()
+    probe(fold, of, out, start, each)
+    fold.tally.probing += time.thread_time() - started
+    return float(each.max(initial=0))
+
+
+def probe(fold: Fold, of: Product, out: Array, start: int, each: Array) -> None:
+    """Freivalds' test of these rows of the product; each: the bound of the error of a row's entries. Raises FaultError."""
+    rows = slice(start, start + len(out))
+    expected = of.left[rows] @ of.probed
     found = np.zeros_like(expected)
     for column in range(0, of.width, PANEL):
         panel = slice(column, column + PANEL)
-        np.matmul(left, of.quick_right[:, panel], out=out[:, panel])
         found += out[:, panel] @ fold.probes[panel]
-    u, k = fold.roundoff, left.shape[1]
-    each = (k + 4) * u * of.size[start:stop]  # k products and sums, the factors' own rounding
-    summed = 2 * (min(of.width, PANEL) + 4) * u * of.length[start:stop, None] * fold.lengths[0]
+    summed = 2 * (min(of.width, PANEL) + 4) * fold.roundoff * of.length[rows, None] * fold.lengths[0]
     bound = summed + each[:, None] * fold.lengths[1]
     ratio = np.abs(found - expected) / np.maximum(bound, np.finfo(np.float64).tiny)
     worst = float(ratio.max(initial=0))
@@ -210,7 +221,6 @@ def product(fold: Fold, of: Product, out: Array, start: int, stop: int) -> float
         raise located(of, out, start, row, worst)
     fold.tally.probe_ratio = max(fold.tally.probe_ratio, worst)
     fold.tally.detectable = max(fold.tally.detectable, float(bound.max(initial=0)))
-    return float(each.max(initial=0))
 
 
 def located(of: Product, out: Array, start: int, row: int, ratio: float) -> FaultError:

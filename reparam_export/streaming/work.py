@@ -168,6 +168,7 @@ class Work:
             if folded.bias_changed:
                 output.biases.append(f"{name}.bias")
             part = "fold"
+            output.seconds["of which probes"] = output.seconds.get("of which probes", 0.0) + folded.proving
         else:
             carry(places[0], self.plan.tensors.get(name), writer)
             part = "copy"

@@ -34,7 +34,7 @@ CONFIG = {
     "num_attention_heads": HEADS,
     "num_key_value_heads": KV,
     "vocab_size": VOCAB,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 128,
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": False,
