@@ -332,7 +332,7 @@ def main() -> None:
         content: dict[str, Any] = {
             "size": given.size,
             "machine": machine(),
-            "command": "python -m benchmarks.fusion " + " ".join(sys.argv[1:]),
+            "command": f"python -m benchmarks.fusion --size {given.size}{' --once' if given.once else ''}",
         }
         content["bytes"] = sum(f.stat().st_size for f in (place / "base").iterdir())
         if given.once:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from reparam_export.fusion import fuse as fuse
     from reparam_export.report import Report as Report
     from reparam_export.report import write_report as write_report
+    from reparam_export.streaming import plan_of as plan_of
+    from reparam_export.streaming import stream as stream
     from reparam_export.verification import VerifiedModel as VerifiedModel
     from reparam_export.verification import verify as verify
 
@@ -33,6 +35,8 @@ _HOME = {
     "read": "checkpoints",
     "FusedWeights": "fusion",
     "fuse": "fusion",
+    "plan_of": "streaming",
+    "stream": "streaming",
     "VerifiedModel": "verification",
     "verify": "verification",
     "Artifact": "exporters.artifact",

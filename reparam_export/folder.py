@@ -70,14 +70,6 @@ def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights, dtyp
     write_json(folder / FUSED, record(checkpoint, weights) | {"recipe": asdict(recipe), "digests": digests})
 
 
-def save_streamed(record: Mapping[str, Any], checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
-    """What ``fused.json`` holds of streamed weights: the record with the recipe, and a digest of each file that was used."""
-    known = dict(record["digests"])
-    files = replace(recipe, base=checkpoint.base).files()
-    digests = {str(path): known.get(str(path)) or fingerprint(path) for path in files}
-    return {**record, "recipe": asdict(recipe), "digests": digests}
-
-
 def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
     """Read the checkpoint again and the fused weights as they are on disk.
 

@@ -51,7 +51,6 @@ def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool =
 
 
 def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, resume: bool, dry_run: bool) -> None:
-    from reparam_export.folder import save_streamed
     from reparam_export.report.numbers import size
     from reparam_export.streaming import expected, stream
 
@@ -74,9 +73,7 @@ def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, 
         console.result(found)
         return
     with console.stage("fuse") as advance:
-        record = stream(
-            plan, folder, lambda r: save_streamed(r, plan.checkpoint, recipe), resume=resume, advance=advance
-        )
+        record = stream(plan, folder, dtype=recipe.dtype, resume=resume, advance=advance)
     console.line(
         f"fused {len(plan.checkpoint.adapters)} adapters into {len(record['changed'])} tensors: every stored entry proven"
     )

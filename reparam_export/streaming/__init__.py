@@ -11,17 +11,19 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from reparam_export.errors import ExportError, FusionError
+from reparam_export.files import fingerprint
 from reparam_export.fusion import digest_of
 from reparam_export.hf_folder import carried
 from reparam_export.streaming.formats import FORMATS
 from reparam_export.streaming.plan import NotStreamableError, Plan, plan_of
 from reparam_export.streaming.shards import Place
 from reparam_export.streaming.staging import WEIGHTS, Staging, settle, write_synced
+from reparam_export.streaming.work import Work, memory_needed, seconds_expected, workers
 from reparam_export.verification.certificate import LayerEvidence, from_entry
 from reparam_export.verification.survival import least, overall
 
@@ -33,21 +35,16 @@ Advance = Callable[[int, int], None]
 
 
 def stream(
-    plan: Plan,
-    out: Path,
-    complete: Callable[[dict[str, Any]], dict[str, Any]],
-    *,
-    resume: bool = False,
-    advance: Advance | None = None,
+    plan: Plan, out: Path | str, *, dtype: str | None = None, resume: bool = False, advance: Advance | None = None
 ) -> dict[str, Any]:
-    """Fold into ``out``; what ``fused.json`` holds. Until all is written and proven, ``out`` keeps what it held.
+    """Fold into ``out``; what ``fused.json`` then holds. Until all is written and proven, ``out`` keeps what it held.
 
-    complete: adds to the record what the caller knows. advance: called with (units of work done, units in all).
-    Raises EquivalenceError (a stored entry is not the rounded exact value), FusionError, ExportError (the disk).
+    dtype: the storage that was asked for, where the plan's own is what was chosen for it ("auto"). resume: take up the finished shards
+    of an interrupted run. advance: called with (units of work done, units in all).
+    Raises EquivalenceError (a stored entry is not the rounded exact value), FusionError, ExportError (the disk), UsageError.
     """
-    from reparam_export.streaming.work import Work
-
     started = time.perf_counter()
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     staging = Staging(out, plan)
     try:
@@ -59,7 +56,7 @@ def stream(
         raise
     try:
         Work(plan, staging, advance).run()
-        record = complete(record_of(plan, staging, time.perf_counter() - started))
+        record = record_of(plan, staging, dtype, time.perf_counter() - started)
         if all(layer.change == 0 for layer in layers_of(staging)) and not plan.created and not _biases_changed(staging):
             raise FusionError(
                 f"{plan.checkpoint.path}: the adapter changes nothing: every fused weight equals the base's. "
@@ -106,8 +103,8 @@ def _biases_changed(staging: Staging) -> list[str]:
     return [name for entry in staging.finished.values() for name in entry["biases"]]
 
 
-def record_of(plan: Plan, staging: Staging, seconds: float) -> dict[str, Any]:
-    """What ``fused.json`` holds, but for the recipe: as that of a fusion in memory, with the proof of the weights in it."""
+def record_of(plan: Plan, staging: Staging, dtype: str | None, seconds: float) -> dict[str, Any]:
+    """What ``fused.json`` holds: as that of a fusion in memory, with the proof of the weights in it."""
     checkpoint = plan.checkpoint
     layers = layers_of(staging)
     places = {place.name: place for shard in plan.shards for _, filled in shard.units for place in filled}
@@ -124,9 +121,7 @@ def record_of(plan: Plan, staging: Staging, seconds: float) -> dict[str, Any]:
     storage: dict[str, int] = {}
     for place in own.values():
         storage[torch_dtype(place)] = storage.get(torch_dtype(place), 0) + 1
-    made_from = {
-        name: digest for shard in plan.shards for name, digest in staging.finished[shard.name]["made_from"].items()
-    }
+    recipe = replace(checkpoint.recipe, dtype=dtype or (plan.storage.short if plan.storage else None))
     return {
         "checkpoint": checkpoint.describe(),
         "base": {"spec": checkpoint.base, "weights": None, "weights_sha256": None, "inputs": list(checkpoint.inputs)},
@@ -153,8 +148,18 @@ def record_of(plan: Plan, staging: Staging, seconds: float) -> dict[str, Any]:
             "layers": {e.module: e.survival for e in layers},
         },
         "layers": [asdict(layer) for layer in layers],
-        "digests": made_from,
+        "recipe": asdict(recipe),
+        "digests": _digests(plan, staging),
     }
+
+
+def _digests(plan: Plan, staging: Staging) -> dict[str, str]:
+    """The fingerprint of every file that the result was made from; those of the shards were taken while they were read."""
+    known: dict[str, str] = {}
+    for entry in staging.finished.values():
+        known |= entry["made_from"]
+    files = replace(plan.checkpoint.recipe, base=plan.checkpoint.base).files()
+    return {str(path): known.get(str(path)) or fingerprint(path) for path in files}
 
 
 def _cpu_seconds(staging: Staging) -> dict[str, float]:
@@ -207,8 +212,6 @@ def _remove_if_empty(out: Path) -> None:
 
 def expected(plan: Plan, out: Path) -> dict[str, Any]:
     """What the plan will take, for the user: sizes, memory and time of folding; nothing is written."""
-    from reparam_export.streaming.work import memory_needed, seconds_expected, workers
-
     return {
         "base": str(plan.source),
         "shards": {shard.name: shard.size for shard in plan.shards},

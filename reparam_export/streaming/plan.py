@@ -91,9 +91,10 @@ class Plan:
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def plan_of(checkpoint: Checkpoint, storage: str | None) -> Plan:
+def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
     """Check base and checkpoint against each other, and lay the output out.
 
+    storage: of all float tensors, "fp32", "fp16" or "bf16"; None keeps the dtype each has in the base.
     Raises NotStreamableError for what only folding in memory can do, and CheckpointError, FusionError and their kin.
     """
     base = base_of(checkpoint)

@@ -192,7 +192,7 @@ def test_too_little_room_is_said_before_anything_is_written(
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(10, 0, 10))
     with pytest.raises(ExportError, match="are needed"):
-        stream(plan_of(read(given["a"], numpy=True), None), tmp_path / "out", dict)
+        stream(plan_of(read(given["a"], numpy=True), None), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

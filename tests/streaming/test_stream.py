@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import reparam_export as rx
 from reparam_export.checkpoints import read
 from reparam_export.errors import CheckpointError, EquivalenceError, FusionError, TensorMismatchError
-from reparam_export.folder import load_fused, save_streamed
-from reparam_export.streaming import NotStreamableError, Plan, plan_of, rows, stream
+from reparam_export.folder import load_fused
+from reparam_export.streaming import NotStreamableError, plan_of, rows, stream
 from reparam_export.verification.weights import half_ulp
 from streaming.models import HIDDEN, VOCAB, llama, lora, native
 
@@ -28,13 +28,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "ENTRIES", 1024)
 
 
-def streamed(plan: Plan, out: Path, **options: Any) -> dict[str, Any]:
-    return stream(plan, out, lambda record: save_streamed(record, plan.checkpoint, plan.checkpoint.recipe), **options)
-
-
 def fused_by_rows(checkpoint: Path, out: Path, dtype: str | None = None, **given: Any) -> dict[str, torch.Tensor]:
     """The tensors that streaming writes, all of them."""
-    streamed(plan_of(read(checkpoint, numpy=True, **given), dtype), out)
+    stream(plan_of(read(checkpoint, numpy=True, **given), dtype), out)
     return tensors_of(out)
 
 
