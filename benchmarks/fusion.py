@@ -254,10 +254,10 @@ def measure(place: Path, rounds: int) -> tuple[list[list[Run]], dict[str, Any]]:
     return found, said
 
 
-def ratios(found: list[list[Run]], above: str, below: str) -> float:
-    """The median over the rounds of one command's time over another's."""
-    pairs = [{r.name: r.wall for r in runs} for runs in found]
-    return statistics.median(pair[above] / pair[below] for pair in pairs)
+def ratios(found: list[list[Run]], above: str, below: str, without: str | None = None) -> float:
+    """The median over the rounds of one command's time, less that of ``without``, over another's."""
+    pairs = [{r.name: r.wall for r in runs} | {"": 0.0} for runs in found]
+    return statistics.median((pair[above] - pair[without or ""]) / pair[below] for pair in pairs)
 
 
 def summary(found: list[list[Run]], said: dict[str, Any]) -> dict[str, Any]:
@@ -278,7 +278,15 @@ def summary(found: list[list[Run]], said: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": medians,
         "anonymous": memory,
-        "ratios": {f"{a} / {b}": round(ratios(found, a, b), 2) for a, b in pairs},
+        "ratios": {f"{a} / {b}": round(ratios(found, a, b), 2) for a, b in pairs}
+        | {
+            f"{a} less import torch": round(ratios(found, a, "fuse LoRA", "import torch"), 2)
+            for a in ("fuse Hydra", "fuse GLoRA")
+        },
+        "load": [
+            round(min(r.load for runs in found for r in runs), 1),
+            round(max(r.load for runs in found for r in runs), 1),
+        ],
         "probes of folding": {n: round(statistics.median(each), 3) for n, each in shares.items()},
     }
 
@@ -300,8 +308,11 @@ def table(content: dict[str, Any]) -> str:
     against = {
         "fuse LoRA": f"{ratio['peft / fuse LoRA']:.1f} times as fast as peft; {ratio['fuse LoRA / cp + sync']:.2f} x cp + sync, "
         f"{ratio['fuse LoRA / cp']:.2f} x cp",
-        "fuse Hydra": f"{ratio['fuse Hydra / fuse LoRA']:.2f} x LoRA",
-        "fuse GLoRA": f"{ratio['fuse GLoRA / fuse LoRA']:.2f} x LoRA",
+        **{
+            f"fuse {k}": f"{ratio[f'fuse {k} / fuse LoRA']:.2f} x LoRA; {ratio[f'fuse {k} less import torch']:.2f} x without `import torch`, "
+            "which reading its `.pt` takes"
+            for k in ("Hydra", "GLoRA")
+        },
     }
     names = {
         "fuse LoRA": "`fuse`, LoRA",

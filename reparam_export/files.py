@@ -118,7 +118,7 @@ def fingerprint(path: Path) -> str:
         for each in sorted(p for p in path.rglob("*") if p.is_file()):
             digest.update(f"{each.relative_to(path)}\0{fingerprint(each)}\0".encode())
     elif path.stat().st_size:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             for start in range(0, len(content), STEP):
                 with memoryview(content)[start : start + STEP] as part:
                     digest.update(part)

@@ -20,8 +20,9 @@ from reparam_export.files import fingerprint
 from reparam_export.fusion import digest_of
 from reparam_export.hf_folder import carried
 from reparam_export.streaming.formats import FORMATS
-from reparam_export.streaming.plan import NotStreamableError, Plan, plan_of
+from reparam_export.streaming.plan import Plan, plan_of
 from reparam_export.streaming.shards import Place
+from reparam_export.streaming.source import NotStreamableError
 from reparam_export.streaming.staging import WEIGHTS, Staging, settle, write_synced
 from reparam_export.streaming.work import Work, memory_needed, seconds_expected, workers
 from reparam_export.verification.certificate import LayerEvidence, from_entry
@@ -66,17 +67,14 @@ def stream(
         staging.commit(record)
     except OSError as error:
         staging.abandon()
-        kept = (
-            f"{len(staging.finished)} finished shards are kept there, --resume continues"
-            if staging.finished
-            else "nothing was kept"
-        )
+        done = len(staging.finished)
+        kept = f"{done} finished shards are kept, --resume continues" if done else "nothing was kept"
         raise ExportError(f"{error.filename or staging.root}: {error.strerror or error}; {kept}") from error
     except KeyboardInterrupt:
         staging.abandon()
         raise
     except BaseException:
-        shutil.rmtree(staging.root, ignore_errors=True)
+        staging.discard()
         raise
     finally:
         _remove_if_empty(out)

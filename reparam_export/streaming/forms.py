@@ -117,8 +117,6 @@ def _shown(adapter: Adapter, shape: tuple[int, int], bias: Array | None) -> LowR
 
 def form_of(touched: Touched, seed: int) -> Form | None:
     """The module's factors, proven; None when a kind has none. Raises PartedError, FusionError."""
-    if len(touched.adapters) > 1 and any(a.rows is None for a in touched.adapters):
-        return None
     out = touched.shape[0]
     whole = Mapped(touched.weight.values(), format_of(touched.weight), touched.transposed)
     bias = touched.bias64()

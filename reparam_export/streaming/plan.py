@@ -12,35 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from reparam_export.assembly import base_of
-from reparam_export.checkpoints import Checkpoint, unnumbered
-from reparam_export.errors import (
-    CheckpointError,
-    ExportError,
-    FusionError,
-    ReparamError,
-    SharedWeightError,
-    TensorMismatchError,
-)
-from reparam_export.files import read_json, weight_files
+from reparam_export.checkpoints import Checkpoint
+from reparam_export.errors import CheckpointError, ExportError, FusionError, TensorMismatchError
+from reparam_export.files import fingerprint
 from reparam_export.fusion import check_covered
-from reparam_export.hf_folder import EMBEDDING, Structure, bias_switches, folder_of, is_known, keywords_of, structure_of
-from reparam_export.models import Base
+from reparam_export.hf_folder import Structure, bias_switches, structure_of
 from reparam_export.streaming.formats import BY_SHORT, FORMATS, Format
 from reparam_export.streaming.forms import Touched, creates_bias, modules_of
-from reparam_export.streaming.shards import Place, Stored, layout, of_tensor, open_shard
-
-TASKS = {  # peft's task_type -> how a class for it is called
-    "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
-    "SEQ_CLS": ("ForSequenceClassification",),
-    "TOKEN_CLS": ("ForTokenClassification",),
-    "QUESTION_ANS": ("ForQuestionAnswering",),
-    "SEQ_2_SEQ_LM": ("ForConditionalGeneration",),
-}
-UNTIED = "tie_word_embeddings"
-
-
-class NotStreamableError(ReparamError):
-    """The checkpoint can be folded in memory only; the message says why."""
+from reparam_export.streaming.shards import Place, Stored, layout, of_tensor
+from reparam_export.streaming.source import UNTIED, NotStreamableError, check_names, files_of, source_of, untied
 
 
 @dataclass(frozen=True)
@@ -66,7 +46,6 @@ class Plan:
     shards: tuple[Shard, ...]
     touched: Mapping[str, Touched]
     tensors: Mapping[str, Stored]  # what is not folded, by name; zeros have none
-    base: Mapping[str, Stored]  # the files' own tensors
     created: tuple[str, ...]
     zeros: tuple[str, ...]
     untied: tuple[str, ...]  # names that were another name of a tensor and are tensors now
@@ -84,10 +63,10 @@ class Plan:
 
     def digest(self) -> str:
         """Of everything that decides the bytes but the numbers of the base: what an interrupted run must have in common with this one."""
-        said = [
-            self.checkpoint.sha256, self.checkpoint.recipe.settings, self.checkpoint.recipe.candidate, self.checkpoint.recipe.config,
-            str(self.source), self.config, [(s.name, s.size, s.header[8:].decode()) for s in self.shards],
-        ]  # fmt: skip
+        recipe = self.checkpoint.recipe
+        settings = [recipe.settings, recipe.candidate, [fingerprint(Path(file)) for file in recipe.config]]
+        shards = [(s.name, s.size, s.header[8:].decode()) for s in self.shards]
+        said = [self.checkpoint.sha256, settings, str(self.source), self.config, shards]
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -98,13 +77,13 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
     Raises NotStreamableError for what only folding in memory can do, and CheckpointError, FusionError and their kin.
     """
     base = base_of(checkpoint)
-    source, config = _source(checkpoint, base)
-    files = _files(source)
+    source, config = source_of(checkpoint, base)
+    files = files_of(source)
     stored = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
     structure = structure_of(config, stored, base, exact=checkpoint.positional)
-    _check_names(structure, stored, config)
-    structure, untied = _untied(structure, checkpoint, config, base)
-    stored |= {name: replace(stored[holder], name=name) for name, holder in untied.items()}
+    check_names(structure, stored, config)
+    structure, apart = untied(structure, checkpoint, config, base)
+    stored |= {name: replace(stored[holder], name=name) for name, holder in apart.items()}
     replaced = _replaced(checkpoint, stored)
     touched = _touched(checkpoint, stored | replaced, structure)
     check_covered([n for n in structure.order if f"{n}.weight" in stored], checkpoint)
@@ -115,8 +94,8 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
     except ExportError as error:
         raise NotStreamableError(str(error)) from error
     target = BY_SHORT[storage] if storage else None
-    corrected: dict[str, Any] = {**switched, **({UNTIED: False} if untied else {}), **_dtype_entry(config, target)}
-    shards = _shards(files, untied, [*created, *zeros], touched, stored | replaced, target, checkpoint)
+    corrected: dict[str, Any] = {**switched, **({UNTIED: False} if apart else {}), **_dtype_entry(config, target)}
+    shards = _shards(files, apart, [*created, *zeros], touched, stored | replaced, target, checkpoint)
     fused = {f"{module}.{part}" for module in touched for part in ("weight", "bias")}
     return Plan(
         checkpoint=checkpoint,
@@ -127,122 +106,11 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
         shards=shards,
         touched=touched,
         tensors={name: tensor for name, tensor in (stored | replaced).items() if name not in fused},
-        base=stored,
         created=tuple(sorted(created)),
         zeros=tuple(zeros),
-        untied=tuple(untied),
+        untied=tuple(apart),
         ties=structure.ties,
     )
-
-
-def _source(checkpoint: Checkpoint, base: Base) -> tuple[Path, dict[str, Any]]:
-    """The base's folder and config. Raises NotStreamableError, CheckpointError."""
-    source = folder_of(base.spec)
-    if source is None:
-        raise NotStreamableError(f"the base {base.spec} is no Hugging Face folder")
-    if base.weights is not None or base.state is not None or base.ignored:
-        raise NotStreamableError("the base's weights do not come from its own folder")
-    config = read_json(source / "config.json")
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"base {base.spec!r}: expected plain weights; config.json says they are quantized (quantization_config); "
-            "give the base before quantization"
-        )
-    keywords = keywords_of(base.spec)
-    architecture = str(next(iter(config.get("architectures") or ()), ""))
-    task = keywords.pop("task", None)
-    if keywords.pop("architecture", architecture) != architecture or not architecture:
-        raise NotStreamableError("the model is of another class than the base's folder")
-    if task is not None and not architecture.endswith(TASKS.get(str(task), ("\0",))):
-        raise NotStreamableError(f"the checkpoint is for {task}, the base's folder holds a {architecture}")
-    if keywords.pop(UNTIED, False) or keywords:
-        raise NotStreamableError(f"the base's config is changed ({', '.join(keywords) or UNTIED})")
-    probed = [a.module for a in checkpoint.adapters if a.kind == "probed"]
-    if probed:
-        raise NotStreamableError(f"{len(probed)} module(s) have an adapter without a closed form, first {probed[0]}")
-    return source, config
-
-
-def _files(source: Path) -> dict[Path, dict[str, Stored]]:
-    """Each weight file and its tensors. Raises TensorMismatchError where index and files differ."""
-    index = weight_files(source)
-    opened = {path: open_shard(path) for path in dict.fromkeys(index.values())}
-    if "" in index:
-        return opened
-    for name, path in index.items():
-        if name not in opened[path]:
-            raise _mismatch(name, f"in {path.name}, as the index says", "not in it")
-    for path, tensors in opened.items():
-        for name in tensors:
-            if index.get(name) != path:
-                raise _mismatch(name, "in the index" if name not in index else f"in {index[name]}", f"in {path.name}")
-    return opened
-
-
-def _mismatch(name: str, expected: object, found: object) -> TensorMismatchError:
-    return TensorMismatchError(
-        f"base: tensor {name}: expected {expected}; found {found}; the base's folder is incomplete or mixed up, fetch it again",
-        module=name.rpartition(".")[0],
-        tensor=name,
-        expected=expected,
-        found=found,
-    )
-
-
-def _check_names(structure: Structure, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> None:
-    """The files hold the model's tensors. Raises TensorMismatchError, NotStreamableError."""
-    from reparam_export.state import CONSTANTS
-
-    if structure.shapes is not None:
-        wanted = {n: s for n, s in structure.shapes.items() if n not in structure.ties}
-        ends = tuple(end for end, _ in CONSTANTS)
-        found = {
-            n: t.shape for n, t in stored.items() if n in wanted or (n not in structure.ties and not n.endswith(ends))
-        }
-        if found != wanted:
-            odd = sorted({n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)})
-            raise NotStreamableError(
-                f"{odd[0]} is {found.get(odd[0])} in the base's files and {wanted.get(odd[0])} in its model"
-            )
-        return
-    layers = config.get("num_hidden_layers")
-    kinds = {unnumbered(name) for name in stored}
-    alike = {
-        name: kind
-        for kind in kinds
-        if "#" in kind.split(".")
-        for name in (kind.replace("#", str(i), 1) for i in range(int(layers or 0)))
-    }
-    missing = sorted(name for name in alike if name not in stored)
-    if missing or EMBEDDING not in stored:
-        raise _mismatch(missing[0] if missing else EMBEDDING, f"one for each of {layers} layers", None)
-
-
-def _untied(
-    structure: Structure, checkpoint: Checkpoint, config: Mapping[str, Any], base: Base
-) -> tuple[Structure, dict[str, str]]:
-    """Ties that the adapter would break, broken: structure without them, and new tensor -> the one with its numbers.
-
-    Raises SharedWeightError.
-    """
-    changed = {f"{a.module}.weight" for a in checkpoint.adapters} | set(checkpoint.replaced)
-    hit = {alias: holder for alias, holder in structure.ties.items() if alias in changed or holder in changed}
-    if not hit:
-        return structure, {}
-    apart = structure.ties.keys() <= hit.keys()
-    if not is_known(config):
-        keyword = f"{base.spec}{'&' if '?' in base.spec else '?'}{UNTIED}=False"
-        apart = (
-            apart and UNTIED in config and not structure_of(config, (), replace(base, spec=keyword), exact=True).ties
-        )
-    if not apart:
-        alias, holder = next(iter(hit.items()))
-        raise SharedWeightError(
-            f"{holder} is one tensor with {alias}: changing it would change both. Untie them in the base first",
-            tensor=holder,
-            owners=(holder, alias),
-        )
-    return replace(structure, ties={}), hit
 
 
 def _replaced(checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -267,6 +135,8 @@ def _touched(checkpoint: Checkpoint, stored: Mapping[str, Stored], structure: St
     """Every adapted module with its weight. Raises TensorMismatchError, FusionError, NotStreamableError."""
     found = {}
     for module, adapters in modules_of(checkpoint.adapters).items():
+        if len(adapters) > 1 and any(a.rows is None for a in adapters):
+            raise NotStreamableError(f"{module} has several adapters on the same outputs")
         weight = stored.get(f"{module}.weight")
         if weight is None:
             near = difflib.get_close_matches(module, [n.removesuffix(".weight") for n in stored], n=3, cutoff=0.5)

@@ -53,7 +53,7 @@ def _open_safetensors(path: Path) -> dict[str, Stored]:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = json.loads(file.read(size))
-            whole = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+            whole = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: {path.stat().st_size} bytes that cannot be read as safetensors ({error}); "

@@ -88,13 +88,20 @@ class Staging:
         settle(self.root.parent)
 
     def abandon(self) -> None:
-        """Leave what is finished for --resume; without a finished shard, nothing."""
+        """Leave what is finished for --resume; without a finished shard, nothing. A result that is committed stays one."""
+        if (self.root / RECORD).is_file():
+            return
         if not self.finished:
+            self.discard()
+            return
+        for file in self.weights.iterdir():
+            if file.name not in self.finished:
+                file.unlink()
+
+    def discard(self) -> None:
+        """Leave nothing, but for a result that is committed."""
+        if not (self.root / RECORD).is_file():
             shutil.rmtree(self.root, ignore_errors=True)
-        else:
-            for file in self.weights.iterdir():
-                if file.name not in self.finished:
-                    file.unlink()
 
 
 def settle(out: Path) -> None:
