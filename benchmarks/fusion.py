@@ -309,7 +309,7 @@ def table(content: dict[str, Any]) -> str:
         "fuse LoRA": f"{ratio['peft / fuse LoRA']:.1f} times as fast as peft; {ratio['fuse LoRA / cp + sync']:.2f} x cp + sync, "
         f"{ratio['fuse LoRA / cp']:.2f} x cp",
         **{
-            f"fuse {k}": f"{ratio[f'fuse {k} / fuse LoRA']:.2f} x LoRA; {ratio[f'fuse {k} less import torch']:.2f} x without `import torch`, "
+            f"fuse {k}": f"{ratio[f'fuse {k} / fuse LoRA']:.2f} x LoRA; {ratio[f'fuse {k} less import torch']:.2f} x less `import torch`, "
             "which reading its `.pt` takes"
             for k in ("Hydra", "GLoRA")
         },

@@ -126,6 +126,23 @@ def check_memory(checkpoint: Checkpoint, reason: str) -> None:
         )
 
 
+def check_model_fits(folder: Path) -> None:
+    """Raises ExportError when the model of streamed weights is larger than what memory is left for the proof of its outputs."""
+    from reparam_export.errors import ExportError
+
+    record = read_record(folder / "fused.json") if (folder / "fused.json").is_file() else {}
+    available = available_memory()
+    sizes = {"float32": 4, "float64": 8}
+    entries = int(record.get("bytes", 0)) / min((sizes.get(dtype, 2) for dtype in record.get("storage", {})), default=2)
+    needed = 20 * entries  # the unfused model in float64, and base, adapted and fused model in storage precision
+    if "weights" in record and available is not None and needed > available:
+        raise ExportError(
+            f"{folder}: the proof of the outputs builds the model, also in float64: about {needed / 1e9:.0f} GB, of which "
+            f"{available / 1e9:.0f} GB are free. The weights are proven: they were while they were written, as reparam-export report "
+            "says. Verify where the model fits"
+        )
+
+
 def available_memory() -> int | None:
     """Bytes that may still be used, where the system says so."""
     try:
@@ -141,6 +158,7 @@ def verify_stage(console: Console, folder: Path, inputs: Path | None, count: int
     from reparam_export.folder import load_fused, save_proof
     from reparam_export.verification.certificate import Certificate
 
+    check_model_fits(folder)
     with console.stage("verify") as advance:
         checkpoint, weights = load_fused(folder)
         try:
