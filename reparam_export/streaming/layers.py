@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ from reparam_export.streaming.rows import PROBES, SPAN, FaultError, Fold, Tally,
 from reparam_export.streaming.rows import workspace as new_workspace
 from reparam_export.verification.certificate import LayerEvidence
 
-MISS = 1e-6
+MISS = 1e-6  # chance of missing a row whose error is above ``detectable``
+QUANTILE = NormalDist().inv_cdf(0.5 + MISS ** (1 / PROBES) / 2)  # all probes are below it with that chance
+DECIDED = 0.5  # of the bound, one unit in the last place: below it is the error of every entry that was decided at once
+WIDTHS = 2  # of layers that a thread keeps buffers for: a model has hardly more
 Write = Callable[[str, int, Array], None]  # (tensor name, bytes from its start, raw values)
 
 
@@ -29,7 +33,8 @@ class Buffers:
     def of(self, fold: Fold) -> Workspace:
         key = (fold.values.shape[1], fold.probes.dtype, fold.target)
         if key not in self.kept:
-            self.kept.clear()  # one at a time: memory stays small
+            if len(self.kept) == WIDTHS:
+                self.kept.clear()  # memory stays small
             self.kept[key] = new_workspace(fold)
         return self.kept[key]
 
@@ -119,17 +124,13 @@ def evidence_of(touched: Touched, targets: Mapping[str, Format], tally: Tally, f
         entries=entries,
         exact_entries=entries,
         max_error=tally.error,
-        bound_ratio=max(tally.ratio, tally.probe_ratio, form.ratio),
+        bound_ratio=max(DECIDED, tally.ratio, tally.probe_ratio, form.ratio),
         survival=tally.kept / tally.changed if tally.changed > 0 else 1.0,
         verdict="exact",
         probes=PROBES,
         detectable=tally.detectable / QUANTILE / norm,
         change=tally.changed,
     )
-
-
-# |N(0, 1)| is below it with chance MISS ** (1 / PROBES) = 0.0316
-QUANTILE = 0.03964
 
 
 def refusal(

@@ -18,7 +18,7 @@ from blake3 import blake3
 from reparam_export.files import fingerprint
 from reparam_export.streaming import rows
 from reparam_export.streaming.formats import F64, FORMATS, Array, Format, finite, refuse_overflow, rounded, widen
-from reparam_export.streaming.layers import Buffers, fold_layer
+from reparam_export.streaming.layers import WIDTHS, Buffers, fold_layer
 from reparam_export.streaming.plan import Plan, Shard
 from reparam_export.streaming.shards import Place, Stored, write_at
 from reparam_export.streaming.staging import Staging
@@ -213,7 +213,7 @@ def memory_needed(plan: Plan) -> int:
     from reparam_export.adapters import kind
     from reparam_export.affine import tensors_of
 
-    buffers = workers() * (6 * 8 * 2 * rows.ENTRIES + rows.SPAN * 4 * rows.ENTRIES)
+    buffers = workers() * WIDTHS * (6 * 8 + rows.SPAN * 4) * rows.ENTRIES
     adapters: int = sum(
         t.nbytes for touched in plan.touched.values() for a in touched.adapters for t in tensors_of(a.params).values()
     )
