@@ -59,7 +59,7 @@ def inspect_survival(recipe: Recipe) -> dict[str, Any]:
     from reparam_export.streaming import NotStreamableError, plan_of
     from reparam_export.streaming.survey import survey
 
-    checkpoint = recipe.read(numpy=True)
+    checkpoint = recipe.read_lightly()
     try:
         found = survey(plan_of(checkpoint, None))
         return {short: survival_of({module: of[short] for module, of in found.items()}) for short in NARROWEST_FIRST}

@@ -22,7 +22,13 @@ from reparam_export import plugins
 from reparam_export.adapters import kind
 from reparam_export.affine import Tensor, map_tensors, tensors_of
 from reparam_export.checkpoints._settings import Settings, read_settings
-from reparam_export.errors import CheckpointError, MissingSettingError, TensorMismatchError, UnknownFormatError
+from reparam_export.errors import (
+    CheckpointError,
+    FusionError,
+    MissingSettingError,
+    TensorMismatchError,
+    UnknownFormatError,
+)
 from reparam_export.files import (
     PICKLES,
     fingerprint,
@@ -71,6 +77,16 @@ class Recipe:
         """The checkpoint; numpy: without torch where the file allows. Raises CheckpointError and its kin."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("checkpoint", "dtype")}
         return read(self.checkpoint, **given, numpy=numpy)
+
+    def read_lightly(self) -> Checkpoint:
+        """The checkpoint without torch, where its reader can do without. Raises CheckpointError and its kin."""
+        try:
+            return self.read(numpy=True)
+        except (
+            CheckpointError,
+            FusionError,
+        ):  # a reader that computes needs torch; what is really wrong is raised again
+            return self.read()
 
     def files(self) -> list[Path]:
         """Every file or folder that the result depends on; of a base's folder its config and its weights."""

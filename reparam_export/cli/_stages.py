@@ -21,7 +21,7 @@ def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool =
     """Shard by shard when the base is a Hugging Face folder and every kind can be, else in memory. Says which, and why."""
     from reparam_export.streaming import NotStreamableError, plan_of
 
-    checkpoint = recipe.read(numpy=True)
+    checkpoint = recipe.read_lightly()
     for note in checkpoint.notes:
         console.line(f"note: {note}")
     plan = None

@@ -51,8 +51,8 @@ def source_of(checkpoint: Checkpoint, base: Base) -> tuple[Path, dict[str, Any]]
         raise NotStreamableError("the model is of another class than the base's folder")
     if task is not None and not architecture.endswith(TASKS.get(str(task), ("\0",))):
         raise NotStreamableError(f"the checkpoint is for {task}, the base's folder holds a {architecture}")
-    if keywords.pop(UNTIED, False) or keywords:
-        raise NotStreamableError(f"the base's config is changed ({', '.join(keywords) or UNTIED})")
+    if keywords:
+        raise NotStreamableError(f"the base's config is changed ({', '.join(keywords)})")
     probed = [a.module for a in checkpoint.adapters if a.kind == "probed"]
     if probed:
         raise NotStreamableError(f"{len(probed)} module(s) have an adapter without a closed form, first {probed[0]}")
@@ -104,13 +104,9 @@ def check_names(structure: Structure, stored: Mapping[str, Stored], config: Mapp
         return
     layers = config.get("num_hidden_layers")
     kinds = {unnumbered(name) for name in stored}
-    alike = {
-        name: kind
-        for kind in kinds
-        if "#" in kind.split(".")
-        for name in (kind.replace("#", str(i), 1) for i in range(int(layers or 0)))
-    }
-    missing = sorted(name for name in alike if name not in stored)
+    numbered = [kind for kind in kinds if "#" in kind.split(".")]
+    alike = {kind.replace("#", str(i), 1) for kind in numbered for i in range(int(layers or 0))}
+    missing = sorted(alike - stored.keys())
     if missing or EMBEDDING not in stored:
         raise mismatch(missing[0] if missing else EMBEDDING, f"one for each of {layers} layers", None)
 
