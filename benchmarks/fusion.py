@@ -329,7 +329,8 @@ def table(content: dict[str, Any]) -> str:
         f"| {names.get(n, f'`{n}`')} | {seconds[n]:.1f} | {cpu[n]:.1f} | {memory[n] / 1e6:,.0f} MB | {against.get(n, '')} |\n"
         for n in order
     ]
-    return head + "".join(rows)
+    low, high = content["load"]
+    return f"{head}{''.join(rows)}\nLoad average of the machine's {content['machine']['cores']} cores meanwhile: {low} to {high}.\n"
 
 
 def main() -> None:
