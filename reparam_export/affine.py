@@ -174,6 +174,43 @@ class Bottleneck:
     def rank(self) -> int:
         return self.down.out_features
 
+    @property
+    def shift(self) -> Tensor | None:
+        """What it adds to every output: up(down's bias), the bias of the pair as one map; (out,) or None."""
+        return self.up.bias if self.down.bias is None else self.up(self.down.bias)
+
+
+Factors = tuple[Tensor, Tensor]  # (out, k) and (k, in): the matrix that is their product
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A fused layer by its factors: W' = W + sum of added + W * (sum of gates), elementwise, with ``bias`` as its whole bias.
+
+    Row i of W' needs row i of W and of the left factors, and nothing else, so a layer can be folded a few rows at a time.
+    """
+
+    added: tuple[Factors, ...]
+    gates: tuple[Factors, ...] = ()
+    bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, base: Affine, *pairs: tuple[Bottleneck, Any]) -> LowRank:
+        """``base`` plus each low-rank pair times its scale."""
+        bias = base.bias
+        for pair, scale in pairs:
+            bias = _sum(bias, None if pair.shift is None else pair.shift * scale)
+        return cls(tuple((pair.up.weight * scale, pair.down.weight) for pair, scale in pairs), bias=bias)
+
+    def fold(self, base: Affine) -> Affine:
+        """The whole fused layer; base: the one that the factors were made from."""
+        weight = base.weight
+        for left, right in self.gates:
+            weight = weight + base.weight * (left @ right)
+        for left, right in self.added:
+            weight = weight + left @ right
+        return Affine(weight, self.bias)
+
 
 def map_tensors(value: T, change: Callable[[Tensor], Tensor], number: Callable[[float], float] | None = None) -> T:
     """A copy of a (nested) frozen dataclass with ``change`` applied to every tensor in it, ``number`` to every float."""

@@ -96,7 +96,9 @@ def _check_probed(checkpoint: Checkpoint) -> None:
 def place(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Put tensors under their state-dict names into the module; each takes the dtype it has. Returns the module.
 
-    A bias that the module lacks (``X.bias`` with X present) is created. Raises TensorMismatchError for a name or shape the module lacks.
+    A bias that the module lacks (``X.bias`` with X present) is created. A tensor that has several names there takes the value given for
+    one of them; where several are given, each name gets its own and they are one no longer.
+    Raises TensorMismatchError for a name or shape the module lacks.
     """
     from torch import nn as torch_nn
 
@@ -120,7 +122,8 @@ def place(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         else:
             parameter = torch_nn.Parameter(tensor, requires_grad=False)
             for other in tied.get(name, (name,)):
-                setattr(*_owner(module, other), parameter)
+                if other == name or other not in tensors:
+                    setattr(*_owner(module, other), parameter)
     return module
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from reparam_export.errors import CheckpointError
 
+SINGLE = ("model.safetensors", "pytorch_model.bin")  # of a Hugging Face folder, or with .index.json and shards
+STEP = 1 << 24  # bytes digested at a time
 PICKLES = (".pt", ".pth", ".bin", ".pth.tar", ".ckpt")
 
 
@@ -112,6 +114,59 @@ def sha256(path: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """xxh3 of a file, or of all files of a folder with their names: has it changed? Fast enough for a model's own weights.
+
+    It notices accidents, not intent: what a proof is tied to has sha256 and blake3.
+    """
+    import mmap
+
+    from xxhash import xxh3_128
+
+    digest = xxh3_128()
+    if not path.is_file():
+        for each in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{each.relative_to(path)}\0{fingerprint(each)}\0".encode())
+    elif path.stat().st_size:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for start in range(0, len(content), STEP):
+                with memoryview(content)[start : start + STEP] as part:
+                    digest.update(part)
+    return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Every tensor of a Hugging Face folder and its file; the one file of a folder without index stands under the name "".
+
+    Raises CheckpointError for a folder without full weights, an index that is none or names files elsewhere, and a shard that is missing.
+    """
+    for name in SINGLE:
+        if (folder / name).is_file():
+            return {"": folder / name}
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _indexed(index)
+    raise CheckpointError(
+        f"{folder}: expected the full weights: {' or '.join(SINGLE)}, or their shards and index; found none; "
+        "an adapter folder is not a base: give the folder of the base"
+    )
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    entries = read_json(index).get("weight_map")
+    if not isinstance(entries, dict) or not entries:
+        raise CheckpointError(f"{index}: expected a weight_map of tensor names and shards")
+    for shard in entries.values():
+        plain_shard_name(shard, index)
+    files = {str(name): index.parent / shard for name, shard in entries.items()}
+    missing = sorted({file.name for file in files.values() if not file.is_file()})
+    if missing:
+        raise CheckpointError(
+            f"{index}: {len(missing)} shard(s) are missing, first {missing[0]}; the download is incomplete, fetch it again"
+        )
+    return files
 
 
 def read_json(path: Path) -> dict[str, Any]:

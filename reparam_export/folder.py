@@ -1,6 +1,7 @@
 """One output folder: what each stage leaves there, and how the next one picks it up.
 
     fused.safetensors  fused.json          fuse
+    hf/                fused.json          fuse, of a base that is a Hugging Face folder: streamed, shard by shard
     verification.json  reference.npz       verify
     model.onnx  model.engine  artifact.json    export
     analysis.json                      inspect --analyse
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.checkpoints import Checkpoint, Recipe
 from reparam_export.errors import CheckpointError, EquivalenceError, UsageError
-from reparam_export.files import load_safetensors, read_json, replace_file, save_safetensors, sha256
+from reparam_export.files import fingerprint, load_safetensors, read_json, replace_file, save_safetensors, sha256
 
 if TYPE_CHECKING:
     from reparam_export.analysis import BranchAnalysis
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 FUSED, PROOF, ARTIFACTS, REFERENCE = "fused.json", "verification.json", "artifact.json", "reference.npz"
 WEIGHTS, ANALYSIS = "fused.safetensors", "analysis.json"
-MADE = (  # by the later stages, from the weights of the time
-    "model.onnx*", "model.engine", "engine.log", "model.safetensors", "hf", "report.html", "report.md", "junit.xml",
-)  # fmt: skip
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -45,17 +43,21 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     )
 
 
-def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights) -> None:
-    """Write ``fused.safetensors`` and ``fused.json``; what later stages had left for other weights is removed."""
+def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights, dtype: str | None = None) -> None:
+    """Write ``fused.safetensors`` and ``fused.json``; what later stages had left for other weights is removed.
+
+    dtype: the storage that was asked for, where the weights' own is what was chosen for it.
+    """
     from reparam_export.fusion import record
+    from reparam_export.streaming.staging import former
 
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in (PROOF, REFERENCE, ARTIFACTS, ANALYSIS, *MADE):
-        for path in folder.glob(stale):
+    for path in former(folder):
+        if path.name not in (WEIGHTS, FUSED):  # these are replaced, by renaming
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     metadata = {"format": "pt", "checkpoint_sha256": checkpoint.sha256, "weights_sha256": weights.sha256()}
     replace_file(folder / WEIGHTS, lambda path: save_safetensors(path, weights.tensors, metadata))
-    recipe = replace(checkpoint.recipe, dtype=weights.dtype)
+    recipe = replace(checkpoint.recipe, dtype=dtype or weights.dtype)
     digests = replace(recipe, base=checkpoint.base).digests()
     write_json(folder / FUSED, record(checkpoint, weights) | {"recipe": asdict(recipe), "digests": digests})
 
@@ -63,10 +65,14 @@ def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights) -> N
 def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
     """Read the checkpoint again and the fused weights as they are on disk.
 
-    Raises CheckpointError when the folder holds none, or when the checkpoint or its base changed since.
+    Raises CheckpointError when the folder holds none, or when the checkpoint or its base changed since; EquivalenceError when streamed
+    weights are not the ones that were proven when they were written.
     """
     from reparam_export.fusion import FusedWeights
+    from reparam_export.streaming.audit import check_streamed
+    from reparam_export.streaming.staging import settle
 
+    settle(folder)
     if not (folder / FUSED).is_file():
         raise CheckpointError(f"{folder}: holds no {FUSED}; run `reparam-export fuse CHECKPOINT -o {folder}` first")
     content = read_json(folder / FUSED)
@@ -77,10 +83,12 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
     for name, digest in digests.items():
         if not Path(name).exists():
             raise CheckpointError(f"{name}: no such file; {folder} was made from it")
-        if sha256(Path(name)) != digest:
+        if fingerprint(Path(name)) != digest:
             raise CheckpointError(f"{name}: changed since {folder} was made from it; run fuse again")
-    tensors, _ = load_safetensors(folder / WEIGHTS, numpy=False)
     checkpoint = recipe.read()
+    if "weights" in content:
+        check_streamed(folder, content, checkpoint)
+    tensors = _weights(folder, content)
     try:
         return checkpoint, FusedWeights(
             tensors=tensors,
@@ -89,10 +97,21 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
             replaced=tuple(content["replaced"]),
             aliases=dict(content["aliases"]),
             seconds=float(content["seconds"]),
-            dtype=recipe.dtype,
+            dtype=content.get("dtype", recipe.dtype),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / FUSED}: damaged ({error!r}); run fuse again") from error
+
+
+def _weights(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's own tensors, from one file or from the shards of a streamed fusion; mapped, not copied."""
+    place = folder / str(content.get("weights", WEIGHTS))
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    apart = set(content.get("apart", ()))
+    found = {n: t for file in files for n, t in load_safetensors(file, numpy=False)[0].items() if n not in apart}
+    if not found:
+        raise CheckpointError(f"{place}: no such weights; run fuse again")
+    return found
 
 
 def recipe_of(content: Mapping[str, Any]) -> Recipe:
@@ -226,16 +245,19 @@ def save_artifact(folder: Path, artifact: Artifact) -> None:
 
 
 def prepare(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> set[str]:
-    """Check an output folder before anything is written; the stages that are done there for this very recipe.
+    """Check an output folder before anything is written; the stages that are done there for this very recipe ("begun": some shards are).
 
     Raises UsageError when it exists with something in it and neither option was given, or when it is not ours to overwrite.
     """
+    from reparam_export.streaming.staging import in_progress, settle
+
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: is a file; expected a folder to write to")
+    settle(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return set()
-    ours = (folder / FUSED).is_file()
-    if overwrite and not ours:
+    ours, begun = (folder / FUSED).is_file(), in_progress(folder)
+    if overwrite and not (ours or begun):
         raise UsageError(f"{folder}: was not made by reparam-export (it holds no {FUSED}), so it is not overwritten")
     if overwrite:
         return set()
@@ -243,6 +265,8 @@ def prepare(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> s
         raise UsageError(
             f"{folder}: exists and is not empty; pass --resume to continue it, --overwrite to start anew, or another -o"
         )
+    if begun:
+        return {"begun"}
     if not ours:
         return set()
     content = read_json(folder / FUSED)

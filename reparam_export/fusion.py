@@ -6,6 +6,7 @@ Nothing is mutated, and the same input gives the same bytes.
 from __future__ import annotations
 
 import difflib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from reparam_export.assembly import base_of, opened, stacks, tied_names
 from reparam_export.checkpoints import Adapter, Checkpoint, by_site
 from reparam_export.errors import CheckpointError, FusionError, SharedWeightError, TensorMismatchError
 from reparam_export.layouts import site_of, touched
+from reparam_export.rounding import round_once
 from reparam_export.state import digest
 
 if TYPE_CHECKING:
@@ -25,6 +27,16 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int, int], None]
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+NARROWEST_FIRST = ("bf16", "fp16", "fp32")
+ENOUGH = 0.99  # what --dtype auto asks of every layer
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What its storage keeps of one layer's change: the share, and |exact - base|^2, the layer's weight among the others."""
+
+    share: float
+    change: float
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,8 @@ class FusedWeights(Mapping[str, "Tensor"]):
     replaced: tuple[str, ...]  # tensors taken whole from the checkpoint
     aliases: Mapping[str, str] = field(default_factory=dict)  # tied names -> the name that holds the tensor
     seconds: float = 0.0
-    dtype: str | None = None  # the storage that was asked for, None: as the base's
+    dtype: str | None = None  # the storage of all; None: as the base's; "auto": each touched layer has its own
+    kept: Mapping[str, Kept] = field(default_factory=dict)  # of each touched module
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -71,29 +84,27 @@ class FusedWeights(Mapping[str, "Tensor"]):
 def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | None = None) -> FusedWeights:
     """Fold every adapter of the checkpoint into its base.
 
-    dtype: storage of all float tensors, "fp32", "fp16" or "bf16"; None keeps the dtype each has in the base.
+    dtype: storage of all float tensors, "fp32", "fp16" or "bf16"; None keeps the dtype each has in the base; "auto" gives every touched
+    layer the narrowest of the three that keeps 99 % of its change, and of a Hugging Face base all tensors the widest of these, since
+    stock loaders cast a whole folder to one dtype.
     advance: called with (layers done, layers in all).
     Raises TensorMismatchError (base and checkpoint do not fit), SharedWeightError, NotAffineError, FusionError (not finite, no change).
     """
     import torch
 
     started = time.perf_counter()
-    module, _, checkpoint = opened(checkpoint)
-    storage = getattr(torch, DTYPES[dtype]) if dtype else None
+    module, _, bound = opened(checkpoint)
+    if dtype == "auto" and str(checkpoint.base).startswith("hf:"):
+        return fuse(checkpoint, _widest(fuse_each(bound, module, dtype, None)[0]), advance)
+    checkpoint = bound
+    storage = getattr(torch, DTYPES[dtype]) if dtype in DTYPES else None
     state, aliases = own_state(module)
     _check_shared(module, checkpoint)
+    names = [name for name, part in module.named_modules() if part._parameters]
     for member in checkpoint.members or (checkpoint,):
-        _check_covered(module, member)
-    new: dict[str, Tensor] = {}
-    moved = replaces(checkpoint)
-    sites = by_site(checkpoint.adapters)
-    for done, group in enumerate(sites.values(), 1):
-        folded, differs = _folded(module, group, new, storage)
-        new |= folded
-        moved = moved or differs
-        if advance is not None:
-            advance(done, len(sites))
-    if not moved:
+        check_covered(names, member)
+    new, kept = fuse_each(checkpoint, module, dtype, advance)
+    if not kept and not replaces(checkpoint):
         raise FusionError(
             f"{checkpoint.path}: the adapter changes nothing: every fused weight equals the base's. "
             "It was never trained, or the training code never switched it on (as Hydra's published nlu code does)"
@@ -109,6 +120,7 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | No
         aliases=aliases,
         seconds=time.perf_counter() - started,
         dtype=dtype,
+        kept=kept,
     )
 
 
@@ -125,24 +137,54 @@ def replaces(checkpoint: Checkpoint) -> bool:
     )
 
 
+def fuse_each(
+    checkpoint: Checkpoint, module: nn.Module, dtype: str | None, advance: Advance | None
+) -> tuple[dict[str, Tensor], dict[str, Kept]]:
+    """The new tensors of every touched module, and what their storage keeps of each; of none when nothing changed at all."""
+    new: dict[str, Tensor] = {}
+    kept: dict[str, Kept] = {}
+    moved = False
+    sites = by_site(checkpoint.adapters)
+    for done, (name, adapters) in enumerate(sites.items(), 1):
+        folded, differs, kept[name] = _folded(module, adapters, new, dtype)
+        new |= folded
+        moved = moved or differs
+        if advance is not None:
+            advance(done, len(sites))
+    return new, kept if moved else {}
+
+
+def _widest(new: Mapping[str, Tensor]) -> str:
+    """The widest of the formats that were chosen."""
+    found = {str(tensor.dtype).removeprefix("torch.") for tensor in new.values()}
+    return max((name for name in NARROWEST_FIRST if DTYPES[name] in found), key=NARROWEST_FIRST.index)
+
+
+def survival_of(kept: Mapping[str, Kept]) -> dict[str, Any]:
+    """The share of the adapter's change that storage keeps: of all layers together, of the one that keeps least, and of each."""
+    changed = math.fsum(of.change for of in kept.values())
+    least = min((of.share for of in kept.values()), default=1.0)
+    overall = math.fsum(of.share * of.change for of in kept.values()) / changed if changed > 0 else least
+    return {"overall": overall, "least": least, "layers": {module: of.share for module, of in kept.items()}}
+
+
 def _folded(
-    module: nn.Module, adapters: list[Adapter], made: Mapping[str, Tensor], storage: torch.dtype | None
-) -> tuple[dict[str, Tensor], bool]:
+    module: nn.Module, adapters: list[Adapter], made: Mapping[str, Tensor], dtype: str | None
+) -> tuple[dict[str, Tensor], bool, Kept]:
     """``fold_site``, with whatever a damaged adapter makes torch stumble over as one error."""
     try:
-        return fold_site(module, adapters, made, storage)
+        return fold_site(module, adapters, made, dtype)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, OverflowError, KeyError) as error:
         raise FusionError(
             f"{adapters[0].site}: the adapter cannot be folded: {type(error).__name__}: {error}"
         ) from error
 
 
-def _check_covered(module: nn.Module, checkpoint: Checkpoint) -> None:
+def check_covered(names: list[str], checkpoint: Checkpoint) -> None:
     """Every module that the training code adapts has its adapter, and a list of paths met the layers in their order.
 
-    Raises TensorMismatchError, CheckpointError.
+    names: of the base's modules with a weight, in the model's order. Raises TensorMismatchError, CheckpointError.
     """
-    names = [name for name, part in module.named_modules() if part._parameters]
     adapted = {a.module for a in checkpoint.adapters}
     missing = [name for name in checkpoint.covers(names) if name not in adapted]
     if missing:
@@ -164,9 +206,9 @@ def _check_covered(module: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def fold_site(
-    module: nn.Module, adapters: list[Adapter], made: Mapping[str, Tensor], storage: torch.dtype | None
-) -> tuple[dict[str, Tensor], bool]:
-    """The new tensors of one site (its weight and bias), and whether they differ from the old in float64.
+    module: nn.Module, adapters: list[Adapter], made: Mapping[str, Tensor], dtype: str | None
+) -> tuple[dict[str, Tensor], bool, Kept]:
+    """The new tensors of one site (its weight and bias), whether they differ from the old in float64, and what storage keeps.
 
     made: tensors that other sites have changed already, as other experts of the same stack.
     """
@@ -177,20 +219,49 @@ def fold_site(
     site = site_of(target, adapters[0])
     own = site.of(target)
     base = site.affine(own, torch.float64)
-    whole = base
-    for adapter in adapters:
-        check_shapes(adapter.site, base.rows(*adapter.rows) if adapter.rows else base, adapter)
-    for rows, steps in stacks(adapters, torch.float64):
-        whole = inserted(whole, fused(base.rows(*rows) if rows else base, steps), rows)
+    whole = fold_affine(base, adapters)
     same_bias = torch.equal(*(b if b is not None else torch.zeros(0) for b in (base.bias, whole.bias)))
     moved = not (same_bias and torch.equal(base.weight, whole.weight))
     old = own[site.tensor]
-    new = {site.tensor: site.put(whole, made.get(site.tensor, old), storage or old.dtype, fresh=site.tensor in made)}
+    choice = None if dtype == "auto" and site.expert is not None else dtype  # one tensor holds all experts
+    storage, kept = _storage(base.weight, whole.weight, old.dtype, choice)
+    new = {site.tensor: site.put(whole, made.get(site.tensor, old), storage, fresh=site.tensor in made)}
     if whole.bias is not None and not same_bias:
         if site.bias is None:
             raise FusionError(f"{adapters[0].site}: the adapter adds a bias, and there is no place for one")
-        new[site.bias] = whole.bias.to(storage or own.get(site.bias, old).dtype).contiguous()
-    return new, moved
+        before = own.get(site.bias)
+        new[site.bias] = round_once(whole.bias, storage if before is None or dtype else before.dtype).contiguous()
+    return new, moved, kept
+
+
+def _storage(base: Tensor, whole: Tensor, own: torch.dtype, dtype: str | None) -> tuple[torch.dtype, Kept]:
+    """The format that a fused matrix is stored in, and what it keeps of the change; for "auto" the narrowest that keeps enough."""
+    import torch
+
+    tried = (
+        [getattr(torch, DTYPES[name]) for name in NARROWEST_FIRST]
+        if dtype == "auto"
+        else [getattr(torch, DTYPES[dtype]) if dtype else own]
+    )
+    change = whole - base
+    size = float((change * change).sum())
+    for storage in tried:
+        found = round_once(whole, storage)
+        if bool(found.isfinite().all()) or storage is tried[-1]:
+            share = float((change * (found.double() - base)).sum()) / size if size > 0 else 1.0
+            if share >= ENOUGH or storage is tried[-1]:
+                break
+    return storage, Kept(share, size)
+
+
+def fold_affine(base: Affine, adapters: list[Adapter]) -> Affine:
+    """One touched matrix in float64 torch tensors, every adapter folded in."""
+    whole = base
+    for adapter in adapters:
+        check_shapes(adapter.site, base.rows(*adapter.rows) if adapter.rows else base, adapter)
+    for rows, steps in stacks(adapters, base.weight.dtype):
+        whole = inserted(whole, fused(base.rows(*rows) if rows else base, steps), rows)
+    return whole
 
 
 def touched_module(module: nn.Module, name: str) -> nn.Module:
@@ -281,7 +352,7 @@ def once(new: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Ten
 
 
 def _cast(name: str, tensor: Tensor, storage: torch.dtype | None) -> Tensor:
-    return tensor.to(storage) if storage and tensor.is_floating_point() else tensor
+    return round_once(tensor, storage) if storage and tensor.is_floating_point() else tensor
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -308,6 +379,8 @@ def record(checkpoint: Checkpoint, weights: FusedWeights) -> dict[str, Any]:
         },
         "compute": "float64",
         "storage": weights.storage(),
+        "dtype": weights.dtype,
+        "survival": survival_of(weights.kept),
         "weights_sha256": weights.sha256(),
         "changed": {name: list(weights[name].shape) for name in weights.changed},
         "created": list(weights.created),

@@ -47,6 +47,37 @@ def inspect_checkpoint(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def inspect_survival(recipe: Recipe) -> dict[str, Any]:
+    """For each dtype the share of the adapter's change that storing in it keeps: overall, least, and by layer. Reads the base's weights.
+
+    Raises CheckpointError, FusionError: the base must be there, and the adapters must fold into it.
+    """
+    from reparam_export.fusion import NARROWEST_FIRST, fuse, survival_of
+    from reparam_export.streaming import NotStreamableError, plan_of
+    from reparam_export.streaming.survey import survey
+
+    checkpoint = recipe.read_lightly()
+    try:
+        found = survey(plan_of(checkpoint, None))
+        return {short: survival_of({module: of[short] for module, of in found.items()}) for short in NARROWEST_FIRST}
+    except NotStreamableError:
+        checkpoint = recipe.read()
+        return {short: survival_of(fuse(checkpoint, short).kept) for short in NARROWEST_FIRST}
+
+
+def show_survival(console: Console, found: dict[str, Any]) -> None:
+    """The same for a person."""
+    from reparam_export.report.numbers import percent
+
+    rows = [
+        (module, *(percent(of["layers"][module]) for of in found.values()))
+        for module in next(iter(found.values()))["layers"]
+    ]
+    for name in ("least", "overall"):
+        rows.append((f"({name})", *(percent(of[name]) for of in found.values())))
+    console.table("Share of the change that storage keeps", ("module", *found), rows)
+
+
 def show(console: Console, found: dict[str, Any]) -> None:
     """The same for a person."""
     console.line(f"checkpoint: {found['path']}")

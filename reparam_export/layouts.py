@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from reparam_export.affine import Affine
 from reparam_export.checkpoints import Adapter
 from reparam_export.errors import FusionError
+from reparam_export.rounding import round_once
 
 if TYPE_CHECKING:
     import torch
@@ -56,9 +57,9 @@ class Site:
         """The tensor ``old`` with this matrix in it, rounded once to dtype. fresh: ``old`` is a copy that may be changed."""
         old = old.detach()
         if self.expert is None:
-            return stored(new.weight, self.layout, old.shape).to(dtype)
+            return round_once(stored(new.weight, self.layout, old.shape), dtype)
         whole = old if fresh else old.to(dtype, copy=True)
-        whole[self.expert] = stored(new.weight, self.layout, old[self.expert].shape).to(dtype)
+        whole[self.expert] = round_once(stored(new.weight, self.layout, old[self.expert].shape), dtype)
         return whole
 
 

@@ -23,6 +23,7 @@ def names(folder: str) -> tuple[str, ...]:
     return (*own, *others)
 
 
+@cache
 def load(folder: str, name: str) -> ModuleType:
     """The plugin's module. Raises UsageError that lists what there is."""
     if name not in names(folder):

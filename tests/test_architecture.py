@@ -16,8 +16,9 @@ PACKAGE = Path(reparam_export.__file__).parent
 ROOT = PACKAGE.parent
 # fmt: off
 ORDER = [  # a room imports itself and what stands before it; nobody imports training
-    "errors", "affine", "float64", "plugins", "files", "adapters", "modules", "checkpoints", "layouts", "state", "models", "bases",
-    "assembly", "training", "fusion", "verification", "analysis", "folder", "exporters", "latency", "report", "console",
+    "errors", "affine", "float64", "plugins", "files", "adapters", "modules", "checkpoints", "rounding", "layouts", "state", "models",
+    "bases", "hf_folder", "assembly", "training", "fusion", "verification", "analysis", "streaming", "folder", "exporters", "latency",
+    "report", "console",
     "inspection", "cli", "__main__",
 ]
 # fmt: on

@@ -12,6 +12,8 @@ A kind may also have
     count(p)                    trainable parameters as its paper counts them, where that is not the size of all tensors
     branches(base, p)           the parts of the change of W that its paper tells apart, by name
     magnitude(x, base, p)       the size of what ``apply`` sums, where its formula on absolute values does not tell it
+    low_rank(base, p)           the closed form by its factors, by which a layer larger than memory is folded a few rows at a time; there
+                                ``base.weight`` may be a matrix on disk that only knows ``@``, from either side, and its ``shape``
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from reparam_export import plugins
-from reparam_export.affine import Affine, Computed, Tensor, map_tensors, read_out, to_dtype, units
+from reparam_export.affine import Affine, Computed, LowRank, Tensor, map_tensors, read_out, to_dtype, units
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -119,6 +121,12 @@ def inserted(whole: Affine, part: Affine, rows: tuple[int, int] | None) -> Affin
     old = whole.bias if whole.bias is not None else torch.zeros(len(weight), dtype=weight.dtype)
     new = part.bias if part.bias is not None else torch.zeros(stop - start, dtype=weight.dtype)
     return Affine(weight, torch.cat([old[:start], new, old[stop:]]))
+
+
+def low_rank(name: str, base: Affine, p: Any) -> LowRank | None:
+    """The factors of a fused layer; None for a kind that has none, or none for these Params."""
+    found = getattr(kind(name), "low_rank", None)
+    return None if found is None else cast("LowRank | None", found(base, p))
 
 
 def kind(name: str) -> Kind:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from reparam_export.adapters._bottleneck import Draw, drawn
-from reparam_export.affine import Affine, Tensor
+from reparam_export.affine import Affine, Factors, LowRank, Tensor
 from reparam_export.errors import FusionError, UsageError
 
 CHOICES: dict[str, tuple[str, ...]] = {  # LoRA stands for LoRA_k with any k up to the stored rank
@@ -126,6 +126,25 @@ def fuse(base: Affine, p: Params) -> Affine:
     if bias is not None and path.C != "none":
         bias = bias + W @ _column(W, support(path.C, p.Cd, p.Cu))
     return Affine(weight, bias)
+
+
+def low_rank(base: Affine, p: Params) -> LowRank:
+    W, b, path = base.weight, base.bias, p.path  # noqa: N806
+    bias = None if b is None else b + b * bias_support(path.D, p.D)
+    if path.E != "none":
+        bias = (0 * p.E if bias is None else bias) + bias_support(path.E, p.E)
+    if path.C != "none":
+        bias = (0 * p.E if bias is None else bias) + W @ _column(W, support(path.C, p.Cd, p.Cu))
+    return LowRank(factors(path.B, p.Bd, p.Bu), factors(path.A, p.Ad, p.Au), bias)
+
+
+def factors(choice: str, d: Tensor, u: Tensor) -> tuple[Factors, ...]:
+    """A or B as a product: ``support`` without its full shape. Empty for none."""
+    k = lora_rank(choice)
+    ones = 0 * u[:1] + 1
+    if k is not None:
+        return ((d[:, :k], u[:k, :]),)
+    return {"vector": ((d[:, :1], ones),), "constant": ((0 * d[:, :1] + d[0, 0], ones),), "none": ()}[choice]
 
 
 def shapes(out_features: int, in_features: int, p: Params) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reparam_export.adapters._bottleneck import Draw, bottleneck_shapes, initial_pair
-from reparam_export.affine import Affine, Bottleneck, Tensor
+from reparam_export.affine import Affine, Bottleneck, LowRank, Tensor
 from reparam_export.errors import UsageError
 
 DROPOUT = "after"
@@ -43,6 +43,15 @@ def fuse(base: Affine, p: Params) -> Affine:
     if p.sequential is not None:
         fused = fused.plus(base.then(p.sequential.down).then(p.sequential.up).times(p.sequential_scale))
     return fused
+
+
+def low_rank(base: Affine, p: Params) -> LowRank:
+    pairs: list[tuple[Bottleneck, Any]] = []
+    if p.parallel is not None:
+        pairs.append((p.parallel, p.parallel_scale))
+    if p.sequential is not None:
+        pairs.append((Bottleneck(base.then(p.sequential.down), p.sequential.up), p.sequential_scale))
+    return LowRank.of(base, *pairs)
 
 
 def shapes(out_features: int, in_features: int, p: Params) -> dict[str, tuple[int, ...]]:

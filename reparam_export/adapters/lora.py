@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reparam_export.adapters._bottleneck import Draw, bottleneck_shapes, initial_pair
-from reparam_export.affine import Affine, Bottleneck, Tensor
+from reparam_export.affine import Affine, Bottleneck, LowRank, Tensor
 
 DROPOUT = "before"
 
@@ -26,6 +26,10 @@ def apply(x: Tensor, base: Affine, p: Params) -> Tensor:
 
 def fuse(base: Affine, p: Params) -> Affine:
     return base.plus(p.pair.down.then(p.pair.up).times(p.scale))
+
+
+def low_rank(base: Affine, p: Params) -> LowRank:
+    return LowRank.of(base, (p.pair, p.scale))
 
 
 def shapes(out_features: int, in_features: int, p: Params) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reparam_export.adapters._bottleneck import Draw, bottleneck_shapes, initial_pair
-from reparam_export.affine import Affine, Bottleneck, Tensor
+from reparam_export.affine import Affine, Bottleneck, LowRank, Tensor
 
 DROPOUT = "after"
 
@@ -27,6 +27,10 @@ def apply(x: Tensor, base: Affine, p: Params) -> Tensor:
 
 def fuse(base: Affine, p: Params) -> Affine:
     return base.plus(p.pair.down.then(p.pair.up.then(base.linear())).times(p.scale))
+
+
+def low_rank(base: Affine, p: Params) -> LowRank:
+    return LowRank.of(base, (Bottleneck(p.pair.down, p.pair.up.then(base.linear())), p.scale))
 
 
 def shapes(out_features: int, in_features: int, p: Params) -> dict[str, tuple[int, ...]]:

@@ -69,6 +69,18 @@ def build(argument: str, base: Base) -> tuple[nn.Module, Signature]:
     return model, _signature(model, base)
 
 
+def skeleton(base: Base) -> nn.Module:
+    """The model of an ``hf:`` base on torch's meta device: its modules and parameters without their numbers. Raises as ``build`` does."""
+    import torch
+
+    place, keywords = split_argument(base.spec.partition(":")[2])
+    with _quiet(), torch.device("meta"):
+        config, model_class, _ = _configured(_file(place, "config.json", base).parent, keywords, base)
+        model = model_class(config)
+        model.tie_weights()
+    return model  # type: ignore[no-any-return]
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """transformers without its progress bars, its log lines and its warnings about legacy files."""

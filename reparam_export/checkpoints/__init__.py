@@ -30,8 +30,8 @@ from reparam_export.checkpoints._checks import (
 )
 from reparam_export.checkpoints._settings import read_settings
 from reparam_export.checkpoints._source import NATIVE, Claim, Source, as_core, as_integers, as_matrix, open_source
-from reparam_export.errors import CheckpointError, MissingSettingError, UnknownFormatError
-from reparam_export.files import sha256
+from reparam_export.errors import CheckpointError, FusionError, MissingSettingError, UnknownFormatError
+from reparam_export.files import fingerprint, sha256, weight_files
 
 if TYPE_CHECKING:
     from torch import nn
@@ -118,13 +118,14 @@ class Recipe:
     weight: float = 1.0  # of this checkpoint in a stack
     others: tuple[Recipe, ...] = ()  # the rest of the stack, in the order they act
 
-    def read(self, *, inspecting: bool = False) -> Checkpoint:
-        """The checkpoint, with the others on top of it. Raises CheckpointError and its kin."""
+    def read(self, *, inspecting: bool = False, numpy: bool = False) -> Checkpoint:
+        """The checkpoint, with the others on top of it; numpy: without torch where the files allow. Raises CheckpointError and its kin."""
         own = ("checkpoint", "dtype", "weight", "others")
         stack = [
             read(
                 recipe.checkpoint,
                 inspecting=inspecting,
+                numpy=numpy,
                 **{f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in own},
             )
             for recipe in (self, *self.others)
@@ -135,16 +136,28 @@ class Recipe:
 
         return stacked(stack, [recipe.weight for recipe in (self, *self.others)])
 
-    def digests(self) -> dict[str, str]:
-        """sha256 of every file the result depends on."""
-        files = [self.checkpoint, *self.config, *([self.base_weights] if self.base_weights else [])]
+    def read_lightly(self) -> Checkpoint:
+        """The checkpoint without torch, where its reader can do without. Raises CheckpointError and its kin."""
+        try:
+            return self.read(numpy=True)
+        except (CheckpointError, FusionError):  # a reader that computes needs torch
+            return self.read()  # what is really wrong is raised again
+
+    def files(self) -> list[Path]:
+        """Every file or folder that the result depends on; of a base's folder its config and its weights."""
+        files = [Path(f) for f in (self.checkpoint, *self.config, *([self.base_weights] if self.base_weights else []))]
         for other in self.others:
-            files += other.digests()
+            files += other.files()
         scheme, _, argument = (self.base or "").partition(":")
         place = Path(argument.rpartition(":")[0] if scheme == "py" else argument.partition("?")[0])
-        if scheme in ("hf", "py") and place.exists():
-            files.append(str(place))
-        return {name: sha256(Path(name)) for name in files}
+        if scheme == "hf" and place.is_dir():
+            own = [] if self.base_weights else list(dict.fromkeys(weight_files(place).values()))
+            return [*files, *(f for f in (place / "config.json", *own) if f.is_file())]
+        return [*files, place] if scheme in ("hf", "py") and place.exists() else files
+
+    def digests(self) -> dict[str, str]:
+        """The fingerprint of each of these."""
+        return {str(path): fingerprint(path) for path in self.files()}
 
 
 @dataclass(frozen=True)
@@ -234,17 +247,18 @@ def read(
     candidate: int = 0,
     inputs: Sequence[str] = (),
     inspecting: bool = False,
+    numpy: bool = False,
 ) -> Checkpoint:
     """Read a checkpoint file or PEFT folder.
 
     base: base spec (``timm:NAME?kw=value``, ``hf:FOLDER``, ``py:FILE.py:FUNCTION``, ``open_clip:NAME``) where the checkpoint names none.
     base_weights: file with the base's state. config, settings, candidate: what the checkpoint itself does not say.
-    inputs: input specs for ``py:`` bases. inspecting: read safetensors without torch and collect missing settings.
+    inputs: input specs for ``py:`` bases. numpy: read safetensors without torch; inspecting: that, and collect missing settings.
     Raises CheckpointError and its kin (exit code 3), UsageError.
     """
     config = [config] if isinstance(config, str | Path) else list(config)
     given = read_settings([Path(c) for c in config], settings, candidate, lenient=inspecting)
-    source = open_source(Path(path), given, base_given=base is not None, numpy=inspecting)
+    source = open_source(Path(path), given, base_given=base is not None, numpy=inspecting or numpy)
     name, fmt = recognise(source)
     parts = _read(fmt, source)
     given.check_all_used(name)

@@ -14,7 +14,7 @@ from reparam_export.errors import UsageError
 if TYPE_CHECKING:
     from reparam_export.checkpoints import Recipe
 
-TARGETS = ("onnx", "trt", "safetensors")
+TARGETS = ("onnx", "trt", "safetensors", "genai")
 Command = Callable[..., Any]
 
 
@@ -71,7 +71,9 @@ CHECKPOINT = stack(
     click.option("--weight", type=float, default=1.0, help="How much of CHECKPOINT's change to keep.  [1]"),
 )
 DTYPE = click.option(
-    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Storage of the fused weights; default: as the base's."
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16", "auto"]),
+    help="Storage of the fused weights; auto: the narrowest that keeps 99 % of every layer's change; default: as the base's.",
 )
 SAMPLES = stack(
     click.option(

@@ -9,33 +9,155 @@ from reparam_export.cli._options import batch_sizes
 from reparam_export.errors import EquivalenceError, ReparamError
 
 if TYPE_CHECKING:
-    from reparam_export.checkpoints import Recipe
+    from reparam_export.checkpoints import Checkpoint, Recipe
     from reparam_export.console import Console
     from reparam_export.exporters.artifact import Artifact
     from reparam_export.report import Report
+    from reparam_export.streaming import Plan
     from reparam_export.verification import VerifiedModel
 
 SHOWN = 5  # created biases named one by one
 
 
-def fuse_stage(console: Console, recipe: Recipe, folder: Path) -> None:
+def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool = False, dry_run: bool = False) -> None:
+    """Shard by shard when the base is a Hugging Face folder and every kind can be, else in memory. Says which, and why."""
+    from reparam_export.inspection import in_order
+    from reparam_export.streaming import NotStreamableError, plan_of
+
+    checkpoint = recipe.read_lightly()
+    for line in in_order(checkpoint.describe()["stack"]):
+        console.line(line)
+    for note in checkpoint.notes:
+        console.line(f"note: {note}")
+    plan = None
+    if str(checkpoint.base).startswith("hf:"):
+        try:
+            plan = plan_of(checkpoint, None if recipe.dtype == "auto" else recipe.dtype)
+        except NotStreamableError as reason:
+            console.line(f"note: folded in memory, not shard by shard: {reason}")
+            check_memory(checkpoint, str(reason))
+    if plan is not None and recipe.dtype == "auto":
+        from reparam_export.streaming.survey import one_for_all
+
+        with console.stage("survey"):
+            chosen, why = one_for_all(plan)
+        console.line(
+            f"dtype: {chosen or 'as the base'}, one for all, since stock loaders cast a whole folder to one: {why}"
+        )
+        plan = plan_of(checkpoint, chosen)
+    if plan is not None:
+        stream_stage(console, plan, recipe, folder, resume=resume, dry_run=dry_run)
+    elif not dry_run:
+        memory_stage(console, recipe, folder)
+    else:
+        console.line(
+            f"plan: {len(checkpoint.adapters)} adapters, folded in memory into {folder / 'fused.safetensors'}; nothing was written"
+        )
+
+
+def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, resume: bool, dry_run: bool) -> None:
+    from reparam_export.report.numbers import size
+    from reparam_export.streaming import expected, stream
+
+    found = expected(plan, folder)
+    console.line(
+        f"plan: {len(plan.shards)} shards, {size(plan.size)} into {folder / 'hf'}; {found['touched']} weights are folded, "
+        f"{found['entries'] / 1e9:.2f} G entries"
+    )
+    console.line(
+        f"plan: about {found['seconds']:.0f} s of folding on {found['cores']} cores, at most {size(found['memory'])} of memory; "
+        f"{size(found['free'])} of disk are free"
+    )
+    for name in plan.created:
+        console.line(f"added: {name}, a bias that the base does not have")
+    for name in plan.untied:
+        console.line(f"untied: {name}, which was one tensor with the embeddings, is written on its own")
+    for name, value in plan.corrected.items():
+        console.line(f"config.json: {name} = {str(value).lower()}")
+    if dry_run:
+        console.result(found)
+        return
+    with console.stage("fuse") as advance:
+        record = stream(plan, folder, dtype=recipe.dtype, resume=resume, advance=advance)
+    console.line(
+        f"fused {len(plan.checkpoint.adapters)} adapters into {len(record['changed'])} tensors: every stored entry proven"
+    )
+    console.line(kept_line(record["survival"]))
+
+
+def memory_stage(console: Console, recipe: Recipe, folder: Path) -> None:
     from reparam_export import fuse as fuse_weights
     from reparam_export.folder import save_fused
-    from reparam_export.inspection import in_order
+    from reparam_export.fusion import survival_of
 
     with console.stage("fuse") as advance:
         checkpoint = recipe.read()
-        for line in in_order(checkpoint.describe()["stack"]):
-            console.line(line)
-        for note in checkpoint.notes:
-            console.line(f"note: {note}")
         weights = fuse_weights(checkpoint, recipe.dtype, advance)
-        save_fused(folder, checkpoint, weights)
+        save_fused(folder, checkpoint, weights, recipe.dtype)
     console.line(f"fused {len(checkpoint.adapters)} adapters into {len(weights.changed)} tensors")
+    if recipe.dtype == "auto":
+        console.line(
+            f"dtype: {'each layer its own' if weights.dtype == 'auto' else f'{weights.dtype}, one for all'}: {weights.storage()}"
+        )
+    console.line(kept_line(survival_of(weights.kept)))
     for name in weights.created[:SHOWN]:
         console.line(f"added: {name}, a bias that the base does not have")
     if len(weights.created) > SHOWN:
         console.line(f"added: {len(weights.created) - SHOWN} more biases, listed in fused.json and the report")
+
+
+def kept_line(survival: dict[str, Any]) -> str:
+    """Of the adapter's change, the share that the storage format keeps."""
+    from reparam_export.report.numbers import percent
+
+    return (
+        f"kept: {percent(survival['overall'])} of the adapter's change by the storage format, "
+        f"{percent(survival['least'])} in the layer that keeps least"
+    )
+
+
+def check_memory(checkpoint: Checkpoint, reason: str) -> None:
+    """Raises FusionError when a model that cannot be streamed would not fit into memory either."""
+    from reparam_export.errors import FusionError
+    from reparam_export.files import weight_files
+    from reparam_export.hf_folder import folder_of
+
+    source = folder_of(checkpoint.base)
+    files = set(weight_files(source).values()) if source is not None else set()
+    needed = 3 * sum(file.stat().st_size for file in files)  # base, result, and a layer in float64 among them
+    available = available_memory()
+    if available is not None and needed > available:
+        raise FusionError(
+            f"{checkpoint.path}: cannot be folded shard by shard ({reason}), and folding in memory needs about {needed / 1e9:.0f} GB, "
+            f"of which {available / 1e9:.0f} GB are free; nothing was written. Fold it on a machine with more memory"
+        )
+
+
+def check_model_fits(folder: Path) -> None:
+    """Raises ExportError when the model of streamed weights is larger than what memory is left for the proof of its outputs."""
+    from reparam_export.errors import ExportError
+
+    record = read_record(folder / "fused.json") if (folder / "fused.json").is_file() else {}
+    available = available_memory()
+    sizes = {"float32": 4, "float64": 8}
+    entries = int(record.get("bytes", 0)) / min((sizes.get(dtype, 2) for dtype in record.get("storage", {})), default=2)
+    needed = 20 * entries  # the unfused model in float64, and base, adapted and fused model in storage precision
+    if "weights" in record and available is not None and needed > available:
+        raise ExportError(
+            f"{folder}: the proof of the outputs builds the model, also in float64: about {needed / 1e9:.0f} GB, of which "
+            f"{available / 1e9:.0f} GB are free. The weights are proven: they were while they were written, as reparam-export report "
+            "says. Verify where the model fits"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that may still be used, where the system says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
 
 
 def verify_stage(console: Console, folder: Path, inputs: Path | None, count: int, seed: int) -> VerifiedModel:
@@ -43,6 +165,7 @@ def verify_stage(console: Console, folder: Path, inputs: Path | None, count: int
     from reparam_export.folder import load_fused, save_proof
     from reparam_export.verification.certificate import Certificate
 
+    check_model_fits(folder)
     with console.stage("verify") as advance:
         checkpoint, weights = load_fused(folder)
         try:
@@ -113,6 +236,10 @@ def analyse_stage(console: Console, recipe: Recipe, folder: Path | None) -> list
 def check_export(options: dict[str, Any]) -> str | None:
     """Refuse a wrong option before any work is done; says which engine builder will be used."""
     batch_sizes(options["batch"])
+    if "genai" in options["targets"]:
+        from reparam_export.exporters import genai
+
+        genai.check(options["precision"])
     if "trt" in options["targets"]:
         from reparam_export.exporters import tensorrt
 

@@ -42,7 +42,7 @@ def command(
     folder = out_folder(out, recipe)
     done = prepare(folder, recipe, resume=resume, overwrite=overwrite)
     if "fused" not in done:
-        fuse_stage(console, recipe, folder)
+        fuse_stage(console, recipe, folder, resume="begun" in done)
     try:
         known = "proof" in done and same_samples(folder, inputs, count, seed)
         model = load_proof(folder) if known else verify_stage(console, folder, inputs, count, seed)

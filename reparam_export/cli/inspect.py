@@ -25,17 +25,23 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="With --analyse: the output folder whose report gets the analysis; default: CHECKPOINT-fused, if it is there.",
 )
+@click.option(
+    "--survival", is_flag=True, help="Read the base too: the share of every layer's change that each dtype would keep."
+)
 @JSON
-def command(analyse: bool, out: Path | None, as_json: bool, **given: Any) -> None:
+def command(analyse: bool, out: Path | None, survival: bool, as_json: bool, **given: Any) -> None:
     """Say what a checkpoint holds, what is missing, and whether it can be folded."""
     from reparam_export.errors import UsageError
-    from reparam_export.inspection import inspect_checkpoint, show
+    from reparam_export.inspection import inspect_checkpoint, inspect_survival, show, show_survival
 
     if out is not None and not analyse:
         raise UsageError("-o goes with --analyse: a plain inspect writes nothing")
     console, recipe = console_of(as_json), recipe_of_call(**given)
     found = inspect_checkpoint(recipe)
     show(console, found)
+    if survival:
+        found["survival"] = inspect_survival(recipe)
+        show_survival(console, found["survival"])
     if analyse:
         found["branches"] = _analysed(console, recipe, out)
     console.result(found)

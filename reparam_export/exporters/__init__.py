@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from reparam_export.verification import VerifiedModel
 
-TARGETS = ("onnx", "trt", "safetensors")
+TARGETS = ("onnx", "trt", "safetensors", "genai")
 BATCH = (1, 8, 64)
 
 
@@ -51,7 +51,7 @@ def export(
     batch: tuple[int, int, int] = BATCH,
     gpus: Sequence[str] = (),
 ) -> Artifact:
-    """Write a verified model to ``folder`` as ``target`` ("onnx", "trt" or "safetensors") and prove the file.
+    """Write a verified model to ``folder`` as ``target`` ("onnx", "trt", "safetensors" or "genai") and prove the file.
 
     precision: "fp32", "fp16" or "bf16" (norms, softmax and what overflows stay fp32). gpus: compute capabilities such as "sm89".
     Raises EquivalenceError (the file's outputs are outside the bound; the file is removed), ExportError, UsageError.
@@ -71,6 +71,10 @@ def export(
         from reparam_export.exporters.safetensors import export_folder
 
         artifact = export_folder(model, place)
+    elif target == "genai":
+        from reparam_export.exporters.genai import export_genai
+
+        artifact = export_genai(model, place, precision)
     else:
         artifact = to_onnx(model, place, options)
         if target == "trt":

@@ -13,7 +13,7 @@ from reparam_export.verification.engine import EngineAudit as EngineAudit
 class Artifact:
     """One exported file with the evidence that it is the verified model."""
 
-    target: str  # "onnx", "trt", "safetensors"
+    target: str  # "onnx", "trt", "safetensors", "genai"
     path: str  # relative to the output folder
     precision: str  # "fp32", "fp16", "bf16", or "as stored"
     size: int  # bytes, external data included

@@ -14,13 +14,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.errors import ExportError
 from reparam_export.exporters.artifact import Artifact
 from reparam_export.files import plain_shard_name, read_json, save_safetensors, sha256
+from reparam_export.hf_folder import bias_switches, carried, folder_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,24 +28,14 @@ if TYPE_CHECKING:
     from reparam_export.verification import VerifiedModel
 
 INDEX = "model.safetensors.index.json"
-BIAS_SWITCHES = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias", "bias", "add_bias_linear")
-CARRIED = (
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-    ".md",
-    ".tiktoken",
-    ".vocab",
-    ".merges",
-)  # config, tokenizer; never code
-NOT_CARRIED = (".index.json", "adapter_config.json")
 
 
 def export_folder(model: VerifiedModel, folder: Path) -> Artifact:
     """Write the fused weights below ``folder`` and read them back. Raises ExportError."""
     started = time.perf_counter()
-    source = hugging_face_folder(model)
+    if is_streamed(folder):
+        return _in_place(model, folder)
+    source = folder_of(model.checkpoint.base)
     name = "model.safetensors" if source is None else "hf"
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
         made = Path(scratch) / name
@@ -62,43 +52,63 @@ def export_folder(model: VerifiedModel, folder: Path) -> Artifact:
         if target.is_dir():
             shutil.rmtree(target)
         made.replace(target)
+    return _artifact(target, model, {**details, "tensors": len(reloaded)}, started)
+
+
+STOCK = "loaded by stock transformers: tensors and outputs equal the proven model's bit for bit"
+
+
+def _artifact(target: Path, model: VerifiedModel, details: dict[str, Any], started: float) -> Artifact:
     files = [target] if target.is_file() else sorted(p for p in target.iterdir() if p.is_file())
-    stock = "loaded by stock transformers: tensors and outputs equal the proven model's bit for bit"
-    loaded = stock if source else "read back bit for bit"
     return Artifact(
         target="safetensors",
-        path=name,
+        path=target.name,
         precision="as stored",
         size=sum(f.stat().st_size for f in files),
         sha256=sha256(target),
         weights_sha256=model.certificate.weights_sha256,
-        ran=source is not None,
-        note=loaded,
-        details={**details, "tensors": len(reloaded), "seconds": round(time.perf_counter() - started, 2)},
+        ran=target.is_dir(),
+        note=STOCK if target.is_dir() else "read back bit for bit",
+        details={**details, "seconds": round(time.perf_counter() - started, 2)},
     )
 
 
-def hugging_face_folder(model: VerifiedModel) -> Path | None:
-    """The base's own folder, or None for a base of another scheme."""
-    scheme, _, argument = str(model.checkpoint.base).partition(":")
-    if scheme != "hf":
-        return None
-    place = argument.partition("?")[0]
-    if Path(place).is_dir():
-        return Path(place)
-    from huggingface_hub import snapshot_download
+def is_streamed(folder: Path) -> bool:
+    """Does ``fuse`` itself have written the Hugging Face folder below ``folder``?"""
+    return (folder / "fused.json").is_file() and read_json(folder / "fused.json").get("weights") == "hf"
 
-    return Path(snapshot_download(place, local_files_only=True))
+
+def _in_place(model: VerifiedModel, folder: Path) -> Artifact:
+    """The folder that ``fuse`` streamed is the artefact: it is loaded by transformers and compared, and not written again."""
+    started = time.perf_counter()
+    record = read_json(folder / "fused.json")
+    tensors = read_back(folder / "hf")
+    apart = set(record.get("apart", ()))
+    own = {name: tensor for name, tensor in tensors.items() if name not in apart}
+    _same(own, model.weights.tensors, "hf")
+    if record.get("weights_sha256") != model.certificate.weights_sha256 or own.keys() != model.weights.tensors.keys():
+        raise ExportError(f"{folder / 'hf'}: holds other weights than the proven ones; run fuse and verify again")
+    _load_with_transformers(folder / "hf", own, model)
+    details = {
+        "config_changed": record.get("config_changed", {}),
+        "shards": len(record.get("shards", {})),
+        "tensors": len(tensors),
+    }
+    return _artifact(folder / "hf", model, details, started)
 
 
 def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], model: VerifiedModel) -> dict[str, Any]:
     """config, tokenizer and shards. Adds zero biases to ``tensors`` where a config switch needs them. Returns details."""
-    for file in source.iterdir():
-        inside = source.resolve() in file.resolve().parents or not file.is_symlink() or hub_cache(source)
-        if file.is_file() and inside and file.suffix in CARRIED and not file.name.endswith(NOT_CARRIED):
-            shutil.copyfile(file, made / file.name)
+    import torch
+
+    for file in carried(source):
+        shutil.copyfile(file, made / file.name)
     config = read_json(made / "config.json")
-    changed = class_of(config, model) | bias_switches(config, tensors, model.weights.created)
+    switched, zeros = bias_switches({**config, **class_of(config, model)}, tensors, model.weights.created)
+    for name in zeros:
+        weight = tensors[f"{name.removesuffix('.bias')}.weight"]
+        tensors[name] = torch.zeros(weight.shape[0], dtype=weight.dtype)
+    changed = class_of(config, model) | switched
     config.pop("auto_map", None)
     config |= changed
     (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -130,31 +140,6 @@ def class_of(config: Mapping[str, Any], model: VerifiedModel) -> dict[str, Any]:
     return {name: own[name] for name in names if own[name] != config.get(name)}
 
 
-def bias_switches(config: Mapping[str, Any], tensors: dict[str, Tensor], created: tuple[str, ...]) -> dict[str, bool]:
-    """The config entries that give the created biases a place; zero biases are added where they create more.
-
-    Raises ExportError when no combination of the config's own switches does.
-    """
-    if not created:
-        return {}
-    import torch
-
-    off = [name for name in _switches(config) if not config.get(name)]
-    for count in range(1, len(off) + 1):
-        for chosen in combinations(off, count):
-            new = _parameters({**config, **dict.fromkeys(chosen, True)}) - set(tensors)
-            known = _parameters({**config, **dict.fromkeys(chosen, True)})
-            if set(created) <= known and all(name.endswith(".bias") for name in new):
-                for name in new:
-                    weight = tensors[f"{name.removesuffix('.bias')}.weight"]
-                    tensors[name] = torch.zeros(weight.shape[0], dtype=weight.dtype)
-                return dict.fromkeys(chosen, True)
-    raise ExportError(
-        f"{config.get('model_type')}: folding created {len(created)} biases ({created[0]}, ...), and no switch of its config "
-        f"({', '.join(off) or 'it has none'}) gives them a place, so stock loaders would drop them; export to ONNX instead"
-    )
-
-
 def shard_of(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Which file each tensor goes to: the base's own sharding; a created bias beside its weight."""
     if (source / "model.safetensors").is_file() or not (source / INDEX).is_file():
@@ -172,31 +157,6 @@ def read_back(path: Path) -> dict[str, Tensor]:
 
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_safetensors(file, numpy=False)[0].items()}
-
-
-def _switches(config: Mapping[str, Any]) -> list[str]:
-    """The bias switches that this model's config class knows."""
-    from transformers import AutoConfig
-
-    fields = {k: v for k, v in config.items() if k != "model_type"}
-    known = AutoConfig.for_model(config["model_type"], **fields).to_dict()
-    return [name for name in BIAS_SWITCHES if name in known]
-
-
-def _parameters(config: Mapping[str, Any]) -> set[str]:
-    """The parameter names of the model that this config builds, without memory for them."""
-    import torch
-    import transformers
-
-    fields = {k: v for k, v in config.items() if k != "model_type"}
-    built = transformers.AutoConfig.for_model(config["model_type"], **fields)
-    with torch.device("meta"):
-        return {name for name, _ in getattr(transformers, config["architectures"][0])(built).named_parameters()}
-
-
-def hub_cache(source: Path) -> bool:
-    """Is this a snapshot of the hub's cache, whose files are links to its blobs?"""
-    return source.parent.name == "snapshots"
 
 
 def _load_with_transformers(folder: Path, tensors: Mapping[str, Tensor], model: VerifiedModel) -> None:

@@ -35,8 +35,10 @@ def write_report(folder: Path) -> Report:
     from reparam_export.report.junit import junit
     from reparam_export.report.markdown import markdown
     from reparam_export.report.page import page
+    from reparam_export.streaming.staging import settle
 
     folder = Path(folder)
+    settle(folder)
     evidence = read_evidence(folder)
     texts = {"report.html": page(evidence), "report.md": markdown(evidence), "junit.xml": junit(evidence)}
     for name, text in texts.items():

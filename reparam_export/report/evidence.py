@@ -58,7 +58,10 @@ class Exported:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything a report may show. ``certificate`` is missing when nothing proves these weights: ``why_unproven``."""
+    """Everything a report may show. ``certificate`` is missing when nothing proves these weights: ``why_unproven``.
+
+    ``written``: the proof of each layer that was made while streaming wrote it; it says nothing of outputs and graph.
+    """
 
     folder: Path
     fused: dict[str, Any]
@@ -67,6 +70,7 @@ class Evidence:
     why_unproven: str
     exported: tuple[Exported, ...]
     analysis: tuple[BranchAnalysis, ...] = ()  # where it was asked for
+    written: tuple[LayerEvidence, ...] = ()
 
     @property
     def outputs(self) -> tuple[OutputEvidence, ...]:
@@ -95,6 +99,7 @@ def read_evidence(folder: Path) -> Evidence:
         why_unproven=why,
         exported=_exported(folder, fused["weights_sha256"]),
         analysis=_analysis(folder, fused["checkpoint"].get("sha256")),
+        written=_written(folder, fused),
     )
 
 
@@ -170,6 +175,13 @@ def _certificate(folder: Path, raw: dict[str, Any]) -> Certificate:
         return _typed(Certificate, raw, parts)
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(folder, "verification.json", _reason(error)) from error
+
+
+def _written(folder: Path, fused: dict[str, Any]) -> tuple[LayerEvidence, ...]:
+    try:
+        return tuple(_layer(each) for each in fused.get("layers") or ())
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(folder, "fused.json", _reason(error)) from error
 
 
 def _exported(folder: Path, weights_sha256: str) -> tuple[Exported, ...]:

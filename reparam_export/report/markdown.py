@@ -10,6 +10,7 @@ from reparam_export.report.evidence import Evidence
 from reparam_export.report.numbers import count, number, percent, plural, quantity, signed, size
 from reparam_export.report.statement import checkpoint_facts, failures, headline, ran_sentence, same_class, verdict
 from reparam_export.verification.certificate import Certificate, GraphEvidence, LayerEvidence
+from reparam_export.verification.survival import least, overall
 
 MARKS = {"exact": "✅", "rounded": "✅", "wrong": "❌", "unproven": "⚠️"}
 LISTED = 20  # layers shown, worst first; the page has all of them
@@ -21,6 +22,8 @@ def markdown(evidence: Evidence) -> str:
     parts = [f"### {MARKS[verdict(evidence)]} {prose(headline(evidence))}", _failed(evidence)]
     if certificate is not None:
         parts += [_proof_table(certificate, evidence), _output_table(evidence)]
+    elif evidence.written:
+        parts.append(_written_table(evidence.written))
     parts.append(_artifact_table(evidence))
     if certificate is not None:
         parts += [_layer_details(certificate), _graph_details(certificate.graph)]
@@ -73,12 +76,26 @@ def _proof_table(certificate: Certificate, evidence: Evidence) -> str:
     rows = [
         *stack,
         ("Layers", f"{exact} exact, {len(layers) - exact - wrong} rounded, {wrong} wrong, of {len(layers)}"),
-        ("Change kept by the storage format", percent(certificate.survival)),
+        (
+            "Change kept by the storage format",
+            f"{percent(certificate.survival)}, {percent(least(layers))} in the layer that keeps least",
+        ),
         ("Untouched tensors", f"{carried.equal} of {carried.compared} equal, {len(carried.replaced)} replaced"),
         ("Graph nodes", f"{count(graph.nodes_fused)} ({_added(graph.nodes_base, graph.nodes_fused)})"),
         ("Graph bytes", f"{size(graph.bytes_fused)} ({_added(graph.bytes_base, graph.bytes_fused)})"),
     ]
     return table(("proof", ""), rows)
+
+
+def _written_table(layers: Sequence[LayerEvidence]) -> str:
+    """Of weights that were proven while they were written, and not since."""
+    exact = sum(layer.verdict == "exact" for layer in layers)
+    kept = f"{percent(overall(layers))}, {percent(least(layers))} in the layer that keeps least"
+    rows = [
+        ("Layers, as they were written", f"{exact} exact, of {len(layers)}"),
+        ("Change kept by the storage format", kept),
+    ]
+    return table(("weights", ""), rows)
 
 
 def _added(base: int, fused: int) -> str:

@@ -21,7 +21,8 @@ from reparam_export.report.statement import (
     worst_entry,
     worst_output,
 )
-from reparam_export.verification.certificate import Certificate
+from reparam_export.verification.certificate import Certificate, LayerEvidence
+from reparam_export.verification.survival import least, overall
 
 LITTLE = 0.9  # below this share of the change kept, the reader is told what would keep it
 AUDIT_NAMES = {
@@ -68,7 +69,7 @@ def _context(evidence: Evidence) -> dict[str, Any]:
         "folder": evidence.folder.resolve().name,
         "remedy": f"reparam-export verify {shlex.quote(evidence.folder.resolve().name)}",
         "tiles": _tiles(evidence),
-        "layer_plots": _plots(layer_plot, certificate.layers) if certificate else [],
+        "layer_plots": _plots(layer_plot, certificate.layers if certificate else evidence.written),
         "output_plots": _plots(output_plot, evidence.outputs),
         "branch_plots": _plots(branch_plot, evidence.analysis),
         "branch_rows": numbered(evidence.analysis),
@@ -94,7 +95,7 @@ def _plots(draw: Any, subjects: tuple[Any, ...]) -> list[Any]:
 
 
 def _tiles(evidence: Evidence) -> list[Tile]:
-    tiles = _proof_tiles(evidence.certificate, evidence) if evidence.certificate else []
+    tiles = _proof_tiles(evidence.certificate, evidence) if evidence.certificate else _written_tiles(evidence)
     if evidence.exported:
         ran = sum(each.artifact.ran for each in evidence.exported)
         good = all(each.passed for each in evidence.exported)
@@ -118,13 +119,29 @@ def _proof_tiles(certificate: Certificate, evidence: Evidence) -> list[Tile]:
         share = f"{numbers.number(share_of_bound(output))} of its bound" if passed else "beyond its bound"
         note = f"{output.model}, {share}"
         tiles.append(Tile("Output error", numbers.number(output.error), note, "good" if passed else "bad"))
-    tone = "warn" if certificate.survival < LITTLE else ""
-    tiles.append(Tile("Change kept", numbers.percent(certificate.survival), "by the storage format", tone))
+    tiles.append(_kept_tile(layers, certificate.survival))
     added = graph.nodes_fused - graph.nodes_base
     weight = numbers.size(graph.bytes_fused - graph.bytes_base)
     tone = "bad" if graph.differences else ("" if graph.added else "good")
     tiles.append(Tile("Nodes added", numbers.signed(numbers.count(added)), f"{numbers.signed(weight)} added", tone))
     return tiles
+
+
+def _kept_tile(layers: tuple[LayerEvidence, ...], share: float) -> Tile:
+    note = f"by the storage format; {numbers.percent(least(layers))} in the layer that keeps least"
+    return Tile("Change kept", numbers.percent(share), note, "warn" if share < LITTLE else "")
+
+
+def _written_tiles(evidence: Evidence) -> list[Tile]:
+    """Of weights that were proven while they were written, and not since."""
+    layers = evidence.written
+    if not layers or evidence.certificate:
+        return []
+    exact = sum(layer.verdict == "exact" for layer in layers)
+    return [
+        Tile("Layers proven", f"{exact} of {len(layers)}", "as they were written", ""),
+        _kept_tile(layers, overall(layers)),
+    ]
 
 
 def _audit_rows(audit: dict[str, Any]) -> list[tuple[str, str, list[str]]]:

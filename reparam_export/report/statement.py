@@ -33,7 +33,7 @@ def headline(evidence: Evidence) -> str:
     if said == "wrong":
         return f"Failed: {_first_failure(evidence)}"
     if certificate is None:
-        return f"Not proven: {evidence.why_unproven}"
+        return f"Not proven: {evidence.why_unproven}{_written_sentence(evidence)}"
     if said == "unproven":
         return f"Not proven: {_first_failure(evidence)}"
     parts = [_layers_sentence(certificate), _output_sentence(certificate), graph_sentence(certificate.graph)]
@@ -50,6 +50,15 @@ def checkpoint_facts(evidence: Evidence) -> dict[str, object]:
             f"{member.get('path')} ({member.get('format')}), weight {member.get('weight')}, sha256 {member.get('sha256')}"
         )
     return facts
+
+
+def _written_sentence(evidence: Evidence) -> str:
+    """What is known all the same of weights that were proven while they were written."""
+    layers = evidence.written
+    if not layers or not all(layer.passed for layer in layers):
+        return ""
+    exact = sum(layer.verdict == "exact" for layer in layers)
+    return f"; its weights alone are, since they were written: {exact} of {plural(len(layers), 'layer')} exact"
 
 
 def failures(evidence: Evidence) -> Iterator[str]:

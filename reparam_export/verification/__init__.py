@@ -185,16 +185,17 @@ def prove_outputs(
     noisy = run(unfused(dtype), signature, given, dtype)
     _check_repeatable(checkpoint, noisy, run(unfused(dtype), signature, given, dtype))
     reference = Reference(given, truth, measure_floors(truth, noisy), str(dtype).removeprefix("torch."))
-    model = fused(copy.deepcopy(base), weights.tensors).to(dtype)
+    running = running_dtype(weights)
+    model = fused(copy.deepcopy(base), weights.tensors).to(running)
     outputs: list[OutputEvidence] = []
     for batch in dict.fromkeys((*BATCHES, reference.samples)):
         outputs += compare(
-            "fused", lambda x: run(model, signature, x, dtype, step=len(next(iter(x.values())))), reference, batch
+            "fused", lambda x: run(model, signature, x, running, step=len(next(iter(x.values())))), reference, batch
         )
     layer = None
     if not all(o.passed for o in outputs):
         models = (unfused(torch.float64), unfused(dtype), model)
-        layer = first_parting(models, (torch.float64, dtype, dtype), signature, given, modules)
+        layer = first_parting(models, (torch.float64, dtype, running), signature, given, modules)
     return reference, tuple(outputs), layer, idle
 
 
@@ -213,11 +214,22 @@ def asked_dtype(weights: FusedWeights) -> torch.dtype | None:
     """The storage that was asked for; None: each tensor as in the base."""
     import torch
 
-    return getattr(torch, DTYPES[weights.dtype]) if weights.dtype else None
+    return getattr(torch, DTYPES[weights.dtype]) if weights.dtype in DTYPES else None
+
+
+def running_dtype(weights: FusedWeights) -> torch.dtype:
+    """What the fused model is run in: its storage, or the widest one where every layer has its own."""
+    if weights.dtype != "auto":
+        return storage_dtype(weights)
+    return max((t.dtype for t in weights.tensors.values() if t.is_floating_point()), key=lambda d: d.itemsize)
 
 
 def storage_dtype(weights: FusedWeights) -> torch.dtype:
-    """The float dtype that holds most of the values."""
+    """The float dtype whose noise the outputs may have: the one that holds most of the values, or the coarsest chosen for a layer."""
+    import torch
+
+    if weights.dtype == "auto":
+        return max((weights[name].dtype for name in weights.changed), key=lambda d: torch.finfo(d).eps)
     sizes: dict[torch.dtype, int] = {}
     for tensor in weights.tensors.values():
         if tensor.is_floating_point():
@@ -295,21 +307,31 @@ def _inputs(
     return read_inputs(Path(inputs), signature), str(inputs)
 
 
+def state_for(base: nn.Module, weights: FusedWeights) -> dict[str, Tensor]:
+    """The base's tensors by name, each tied one once; under its other name too where the fused weights tell the two apart."""
+    state, aliases = own_state(base)
+    return state | {name: state[holder] for name, holder in aliases.items() if name in weights.tensors}
+
+
 def _graph(base: nn.Module, weights: FusedWeights, signature: Signature, given: Mapping[str, Tensor]) -> GraphEvidence:
     """Base against fused, both in the storage dtypes of the fused weights; a created bias stands as zeros in the base."""
     import torch
 
-    state = own_state(base)[0]
+    state = state_for(base, weights)
     cast = {
         name: state[name].to(t.dtype) if name in state else torch.zeros_like(t) for name, t in weights.tensors.items()
     }
-    plain_base = fused(copy.deepcopy(base), cast)
-    return compare_graphs(plain_base, fused(copy.deepcopy(base), weights.tensors), signature, given, weights.created)
+    models = [fused(copy.deepcopy(base), tensors) for tensors in (cast, weights.tensors)]
+    if weights.dtype == "auto":  # a model cannot be called in several dtypes at once
+        models = [model.to(running_dtype(weights)) for model in models]
+    return compare_graphs(models[0], models[1], signature, given, weights.created)
 
 
 def _carried(base: nn.Module, checkpoint: Checkpoint, weights: FusedWeights) -> CarriedEvidence:
-    state, _ = own_state(base)
+    state = state_for(base, weights)
     names = {name for adapter in checkpoint.adapters for name in touched(adapter)}
+    if weights.dtype == "auto":  # a touched layer has the format that was chosen for it: its own proof speaks of it
+        state = {n: t.to(weights[n].dtype) if n in names and n in weights.tensors else t for n, t in state.items()}
     evidence = prove_carried(state, weights.tensors, names, checkpoint.replaced, asked_dtype(weights))
     outside: list[str] = []
     tensors: dict[tuple[str, str | None], list[Adapter]] = {}

@@ -37,6 +37,7 @@ class LayerEvidence:
     probes: int = 0
     detectable: float = 0.0  # a row whose relative error is above this is missed with chance <= 1e-6
     worst: dict[str, Any] | None = None  # tensor, index, expected, found of the worst entry
+    change: float = 0.0  # |exact - base|^2, the weight of this layer's survival among the others'
 
     @property
     def passed(self) -> bool:
@@ -111,7 +112,7 @@ class Certificate:
     carried: CarriedEvidence
     outputs: tuple[OutputEvidence, ...]
     graph: GraphEvidence
-    survival: float
+    survival: float  # of all layers together
     seed: int
     samples: dict[str, Any]  # {"source": "random" | file, "count": n}
     unexercised: tuple[str, ...]  # touched modules that no output depends on: proven by their weights alone
@@ -143,8 +144,20 @@ def from_json(content: dict[str, Any]) -> Certificate:
         raise CheckpointError(f"verification.json: damaged ({error!r}); run verify again") from error
 
 
+def from_entry(entry: dict[str, Any]) -> LayerEvidence:
+    """The evidence of one layer from its JSON. Raises CheckpointError when it is damaged."""
+    try:
+        return LayerEvidence(**_values(entry))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the proof of a layer is damaged ({error!r}); run fuse again") from error
+
+
 def _build(target: Any, entry: dict[str, Any]) -> Any:
-    """A dataclass from its JSON: lists become tuples, and numbers that JSON cannot hold come back from strings."""
+    return target(**_values(entry))
+
+
+def _values(entry: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a dataclass from JSON: lists become tuples, and numbers that JSON cannot hold come back from strings."""
     numbers = {"inf", "-inf", "nan"}
     values = {k: float(v) if isinstance(v, str) and v in numbers else v for k, v in entry.items()}
-    return target(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

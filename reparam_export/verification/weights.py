@@ -18,6 +18,7 @@ from reparam_export.affine import CHUNK, Affine, map_tensors, units
 from reparam_export.assembly import reach, stacks
 from reparam_export.checkpoints import Adapter, by_site
 from reparam_export.layouts import site_of
+from reparam_export.rounding import round_once
 from reparam_export.verification.certificate import CarriedEvidence, LayerEvidence, Verdict
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class _Tally:
         error = (stored.double() - true).abs()
         unsure = unsure.clamp_max(self.ceiling)  # beyond it, cancellation inside the adapter leaves nothing to prove
         half = half_ulp(true, stored.dtype)
-        same = stored == true.to(stored.dtype)
+        same = stored == round_once(true, stored.dtype)
         self.exact += int(same.sum())
         self.undecided |= bool((~same & ~(error <= half + unsure)).any())
         # faithful rounding: one of the two neighbours of the exact value
@@ -157,6 +158,7 @@ def read_out(exact: Exact, stored: Affine) -> dict[str, Any]:
         "max_error": tally.error,
         "bound_ratio": tally.ratio,
         "survival": kept / changed if changed > 0 else 1.0,
+        "change": changed,
         "verdict": verdict,
         "worst": tally.worst,
     }
@@ -207,6 +209,7 @@ def probe(exact: Exact, stored: Affine, seed: int) -> dict[str, Any]:
         "max_error": tally.error,
         "bound_ratio": max(tally.ratio, float(ratio.max())),
         "survival": kept / changed if changed > 0 else 1.0,
+        "change": changed,
         "verdict": "wrong" if parted or tally.ratio > 1 else "rounded" if tally.undecided else "exact",
         "probes": PROBES,
         "detectable": float((bound.amax(dim=0) / quantile / norms).max()),
@@ -242,7 +245,7 @@ def uncovered(module: nn.Module, adapters: Sequence[Adapter], tensors: Mapping[s
     if site.expert is not None:
         free = torch.ones(len(own[site.tensor]), dtype=torch.bool)
         free[[a.expert for a in adapters]] = False
-        if not torch.equal(tensors[site.tensor][free], own[site.tensor][free].to(tensors[site.tensor].dtype)):
+        if not torch.equal(tensors[site.tensor][free], round_once(own[site.tensor][free], tensors[site.tensor].dtype)):
             different.append(f"{site.tensor}: matrices without an adapter differ")
     for group in by_site(adapters).values():
         if any(a.rows is None for a in group):
@@ -253,11 +256,11 @@ def uncovered(module: nn.Module, adapters: Sequence[Adapter], tensors: Mapping[s
         for a in group:
             start, stop = a.rows or (0, base.out_features)
             free[start:stop] = False
-        if not torch.equal(found.weight[free], base.weight[free].to(found.weight.dtype)):
+        if not torch.equal(found.weight[free], round_once(base.weight[free], found.weight.dtype)):
             different.append(f"{place.tensor}: rows outside the adapted ones differ")
         nothing = torch.zeros(base.out_features, dtype=found.weight.dtype)
         was, now = (nothing if b is None else b for b in (base.bias, found.bias))
-        if not torch.equal(now[free], was[free].to(now.dtype)):
+        if not torch.equal(now[free], round_once(was[free], now.dtype)):
             different.append(f"{place.bias}: rows outside the adapted ones differ")
     return different
 
@@ -296,7 +299,7 @@ def prove_carried(
         compared += 1
         expected = replaced.get(name, tensor)
         if expected.is_floating_point():
-            expected = expected.to(tensor.dtype).to(fused[name].dtype)
+            expected = round_once(expected.to(tensor.dtype), fused[name].dtype)
         if not torch.equal(expected, fused[name]):
             different.append(f"{name}: differs")
     return CarriedEvidence(compared, max(0, compared - len(different)), tuple(sorted(replaced)), tuple(different))

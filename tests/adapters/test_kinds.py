@@ -12,7 +12,7 @@ import torch
 
 import reparam_export as rx
 from reparam_export import plugins
-from reparam_export.adapters import Step, fused, kind, unfused
+from reparam_export.adapters import Step, fused, kind, low_rank, unfused
 from reparam_export.affine import Affine, map_tensors, tensors_of, to_dtype
 from reparam_export.checkpoints import NATIVE, Adapter
 from reparam_export.checkpoints.native import to_plain
@@ -67,6 +67,48 @@ def test_our_own_format_holds_every_kind(name: str, tmp_path: Path) -> None:
         assert again.keys() == given.keys()
         assert all(torch.equal(again[field], given[field]) for field in given)
         assert kind(name).describe(read.params) == kind(name).describe(params)
+
+
+FACTORED = [name for name in KINDS if hasattr(kind(name), "low_rank")]
+
+
+def test_the_kinds_that_are_folded_by_rows() -> None:
+    assert {"lora", "hydra", "glora", "repadapter"} <= set(FACTORED)
+
+
+@pytest.mark.parametrize("name", FACTORED)
+@pytest.mark.parametrize("seed", range(12))
+def test_factors_fold_to_what_fuse_folds_to(name: str, seed: int) -> None:
+    """In torch and in numpy, and with a base that only knows ``@``; what it shows on zeros says whether a bias is created."""
+    from reparam_export.streaming.formats import F64
+    from reparam_export.streaming.matrix import Mapped, Nothing
+
+    out, inn = SIZES[seed % len(SIZES)]
+    layer = base(out, inn, seed, bias=seed % 2 == 0)
+    params = kind(name).example(seed, layer)
+    expected = kind(name).fuse(layer, params)
+    plain = low_rank(name, layer, params)
+    assert plain is not None
+    arrays = map_tensors(params, lambda t: t.numpy())
+    bias = None if layer.bias is None else layer.bias.numpy()
+    for transposed in (False, True):
+        stored = np.ascontiguousarray(layer.weight.numpy().T) if transposed else layer.weight.numpy()
+        form = low_rank(name, Affine(Mapped(stored, F64, transposed), bias), arrays)
+        assert form is not None
+        found = form.fold(Affine(layer.weight.numpy(), bias))
+        for got, want in (
+            (found.weight, expected.weight),
+            (found.bias, expected.bias),
+            (plain.fold(layer).weight, expected.weight),
+        ):
+            assert (got is None) == (want is None)
+            if want is not None:
+                np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+    shown = low_rank(
+        name, Affine(Nothing((out, inn)), bias), map_tensors(arrays, lambda t: np.broadcast_to(0.0, t.shape))
+    )
+    assert shown is not None
+    assert (shown.bias is None) == (expected.bias is None)
 
 
 def fractions(tensor: Any) -> Any:

@@ -1,0 +1,209 @@
+"""What a Hugging Face model folder says about its model, without building it: layouts, ties, the switches of its biases.
+
+The plainest language models are known here by their ``model_type``, so that neither torch nor transformers has to be imported for them
+(a test compares each with transformers' own class). Any other model is built on torch's meta device, which takes no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reparam_export.errors import CheckpointError, ExportError
+from reparam_export.models import Base, split_argument
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+KNOWN: dict[
+    str, dict[str, tuple[str, ...]]
+] = {  # model_type of XForCausalLM -> bias switch -> the modules it gives a bias
+    "llama": {"attention_bias": ATTENTION, "mlp_bias": MLP},
+    "granite": {"attention_bias": ATTENTION, "mlp_bias": MLP},
+    "qwen3": {"attention_bias": ATTENTION},
+    "olmo": {"attention_bias": ATTENTION},
+    "olmo2": {"attention_bias": ATTENTION},
+    "mistral": {},
+    "qwen2": {},
+}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BIAS_SWITCHES = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias", "bias", "add_bias_linear")
+CARRIED = (
+    ".json",
+    ".txt",
+    ".model",
+    ".jinja",
+    ".md",
+    ".tiktoken",
+    ".vocab",
+    ".merges",
+)  # config, tokenizer; never code
+NOT_CARRIED = (".index.json", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the weights' file names do not say.
+
+    ``transposed``: modules that store (in, out). ``ties``: a tensor's other name -> the name that holds it in the files. ``order``: modules
+    with a weight, as the model has them; ``refused``: modules that cannot be folded, with the reason. ``shapes``: of every parameter, None
+    where it is not known.
+    """
+
+    transposed: frozenset[str]
+    embeddings: frozenset[str]
+    ties: Mapping[str, str]
+    order: tuple[str, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+
+
+def folder_of(spec: str | None) -> Path | None:
+    """The folder of an ``hf:`` base, a hub ID's out of the cache; None for a base of another scheme. Raises CheckpointError."""
+    scheme, _, argument = str(spec).partition(":")
+    if scheme != "hf":
+        return None
+    place = argument.partition("?")[0]
+    if Path(place).is_dir():
+        return Path(place)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(place, local_files_only=True))
+    except Exception as error:  # no such ID, not fetched yet: many types, one meaning
+        raise CheckpointError(
+            f"base hf:{place}: expected a folder, or the ID of a model in the hub's cache; found neither ({type(error).__name__}); "
+            "check the path, or fetch the model first"
+        ) from error
+
+
+def carried(source: Path) -> list[Path]:
+    """config, generation and tokenizer files: what goes with the weights, but no code, and nothing that a link brings in from elsewhere."""
+    hub_cache = source.parent.name == "snapshots"
+    found = []
+    for file in sorted(source.iterdir()):
+        inside = source.resolve() in file.resolve().parents or not file.is_symlink() or hub_cache
+        if file.is_file() and inside and file.suffix in CARRIED and not file.name.endswith(NOT_CARRIED):
+            found.append(file)
+    return found
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Is it a model whose structure is written down here?"""
+    architecture = next(iter(config.get("architectures") or ()), "")
+    name = str(config.get("model_type"))
+    return name in KNOWN and architecture.lower() == f"{name}forcausallm"
+
+
+def structure_of(config: Mapping[str, Any], names: Collection[str], base: Base, *, exact: bool) -> Structure:
+    """names: of the tensors in the files; exact: the order of the modules matters. Raises what the base's scheme raises when it builds."""
+    if exact or not is_known(config):
+        return _built(_skeleton(base), names)
+    tied = HEAD not in names or bool(config.get("tie_word_embeddings", False))
+    modules = tuple(name.removesuffix(".weight") for name in names if name.endswith(".weight"))
+    return Structure(
+        frozenset(), frozenset({EMBEDDING.removesuffix(".weight")}), {HEAD: EMBEDDING} if tied else {}, modules
+    )
+
+
+def _skeleton(base: Base) -> nn.Module:
+    from reparam_export.bases import hf
+
+    return hf.skeleton(base)
+
+
+def _built(module: nn.Module, names: Collection[str]) -> Structure:
+    """The same out of a model on the meta device."""
+    from reparam_export.errors import FusionError
+    from reparam_export.layouts import layout_of
+
+    transposed, embeddings, order, refused = set(), set(), [], {}
+    for name, part in module.named_modules():
+        if "weight" not in part._parameters:
+            continue
+        order.append(name)
+        try:
+            layout = layout_of(name, part)
+        except FusionError as error:
+            refused[name] = str(error)
+            continue
+        if layout in ("transposed", "embedding"):
+            transposed.add(name)
+        if layout == "embedding":
+            embeddings.add(name)
+    groups: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    ties: dict[str, str] = {}
+    for group in groups.values():
+        holder = next((n for n in group if n in names), group[0])
+        ties |= {n: holder for n in group if n != holder}
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
+    return Structure(frozenset(transposed), frozenset(embeddings), ties, tuple(order), refused, shapes)
+
+
+def bias_switches(
+    config: Mapping[str, Any], names: Collection[str], created: Collection[str]
+) -> tuple[dict[str, bool], list[str]]:
+    """The config entries that give the created biases a place, and the biases that these add elsewhere, to be zeros.
+
+    names: of all tensors of the fused model. Raises ExportError when no combination of the config's own switches does.
+    """
+    if not created:
+        return {}, []
+    off = [name for name in _switches(config) if not config.get(name)]
+    before = set(names) - set(created)
+    for count in range(1, len(off) + 1):
+        for chosen in combinations(off, count):
+            added = _biases(config, chosen, before)
+            if set(created) <= added:
+                return dict.fromkeys(chosen, True), sorted(added - set(names))
+    first = sorted(created)[0]
+    raise ExportError(
+        f"{config.get('model_type')}: folding created {len(created)} biases ({first}, ...), and no switch of its config "
+        f"({', '.join(off) or 'it has none'}) gives them a place, so stock loaders would drop them; export to ONNX instead"
+    )
+
+
+def _biases(config: Mapping[str, Any], switches: tuple[str, ...], names: Collection[str]) -> set[str]:
+    """All biases of the model with these switches on; empty when they would add anything else. names: of the base's own tensors."""
+    if is_known(config):
+        modules = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+        ends = tuple(f".{end}" for switch in switches for end in KNOWN[config["model_type"]][switch])
+        return {f"{module}.bias" for module in modules if module.endswith(ends)} | {
+            n for n in names if n.endswith(".bias")
+        }
+    known = _parameters({**config, **dict.fromkeys(switches, True)})
+    return {n for n in known if n.endswith(".bias")} if all(n.endswith(".bias") for n in known - set(names)) else set()
+
+
+def _switches(config: Mapping[str, Any]) -> list[str]:
+    """The bias switches that this model's config class knows."""
+    if is_known(config):
+        return list(KNOWN[config["model_type"]])
+    from transformers import AutoConfig
+
+    fields = {k: v for k, v in config.items() if k != "model_type"}
+    known = AutoConfig.for_model(config["model_type"], **fields).to_dict()
+    return [name for name in BIAS_SWITCHES if name in known]
+
+
+def _parameters(config: Mapping[str, Any]) -> set[str]:
+    """The parameter names of the model that this config builds, without memory for them."""
+    import torch
+    import transformers
+
+    fields = {k: v for k, v in config.items() if k != "model_type"}
+    built = transformers.AutoConfig.for_model(config["model_type"], **fields)
+    with torch.device("meta"):
+        return {name for name, _ in getattr(transformers, config["architectures"][0])(built).named_parameters()}
+
+
+def keywords_of(spec: str) -> dict[str, Any]:
+    """The keywords of an ``hf:`` spec."""
+    return split_argument(spec.partition(":")[2])[1]

@@ -1,0 +1,261 @@
+"""The plan of a streamed fusion: which tensor of which shard is folded, copied, cast or added, checked before a byte is written."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from reparam_export.assembly import base_of
+from reparam_export.checkpoints import Checkpoint
+from reparam_export.errors import CheckpointError, ExportError, FusionError, TensorMismatchError
+from reparam_export.files import fingerprint
+from reparam_export.fusion import check_covered
+from reparam_export.hf_folder import Structure, bias_switches, structure_of
+from reparam_export.streaming.formats import BY_SHORT, FORMATS, Format
+from reparam_export.streaming.forms import Touched, creates_bias, modules_of
+from reparam_export.streaming.shards import Place, Stored, layout, of_tensor
+from reparam_export.streaming.source import UNTIED, NotStreamableError, check_names, files_of, source_of, untied
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file. ``files``: what it is made from; ``units``: modules and tensors with the places that each fills in it."""
+
+    name: str
+    files: tuple[Path, ...]
+    header: bytes
+    size: int
+    units: tuple[tuple[str, tuple[Place, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before folding starts."""
+
+    checkpoint: Checkpoint
+    source: Path
+    config: dict[str, Any]  # as it will be written
+    corrected: dict[str, Any]  # what of it was changed
+    storage: Format | None  # of all float tensors; None: as each is in the base
+    shards: tuple[Shard, ...]
+    touched: Mapping[str, Touched]
+    tensors: Mapping[str, Stored]  # what is not folded, by name; zeros have none
+    created: tuple[str, ...]
+    zeros: tuple[str, ...]
+    untied: tuple[str, ...]  # names that were another name of a tensor and are tensors now
+    ties: Mapping[str, str]  # those that stay
+
+    @property
+    def size(self) -> int:
+        """Bytes to be written as weights."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def entries(self) -> int:
+        """Entries of the weights that are folded."""
+        return sum(math.prod(t.weight.shape) for t in self.touched.values())
+
+    def digest(self) -> str:
+        """Of everything that decides the bytes but the numbers of the base: what an interrupted run must have in common with this one."""
+        recipe = self.checkpoint.recipe
+        settings = [recipe.settings, recipe.candidate, [fingerprint(Path(file)) for file in recipe.config]]
+        shards = [(s.name, s.size, s.header[8:].decode()) for s in self.shards]
+        said = [self.checkpoint.sha256, settings, str(self.source), self.config, shards]
+        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
+    """Check base and checkpoint against each other, and lay the output out.
+
+    storage: of all float tensors, "fp32", "fp16" or "bf16"; None keeps the dtype each has in the base.
+    Raises NotStreamableError for what only folding in memory can do, and CheckpointError, FusionError and their kin.
+    """
+    _check_plain(checkpoint)
+    base = base_of(checkpoint)
+    source, config = source_of(checkpoint, base)
+    files = files_of(source)
+    stored = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+    structure = structure_of(config, stored, base, exact=checkpoint.positional)
+    check_names(structure, stored, config)
+    structure, apart = untied(structure, checkpoint, config, base)
+    stored |= {name: replace(stored[holder], name=name) for name, holder in apart.items()}
+    replaced = _replaced(checkpoint, stored)
+    touched = _touched(checkpoint, stored | replaced, structure)
+    check_covered([n for n in structure.order if f"{n}.weight" in stored], checkpoint)
+    created = _created(touched, structure) + [name for name in replaced if name not in stored]
+    names = set(stored) | set(created)
+    try:
+        switched, zeros = bias_switches(config, names, created)
+    except ExportError as error:
+        raise NotStreamableError(str(error)) from error
+    target = BY_SHORT[storage] if storage else None
+    corrected: dict[str, Any] = {**switched, **({UNTIED: False} if apart else {}), **_dtype_entry(config, target)}
+    shards = _shards(files, apart, [*created, *zeros], touched, stored | replaced, target, checkpoint)
+    fused = {f"{module}.{part}" for module in touched for part in ("weight", "bias")}
+    return Plan(
+        checkpoint=checkpoint,
+        source=source,
+        config={k: v for k, v in config.items() if k != "auto_map"} | corrected,
+        corrected={k: v for k, v in corrected.items() if config.get(k) != v},
+        storage=target,
+        shards=shards,
+        touched=touched,
+        tensors={name: tensor for name, tensor in (stored | replaced).items() if name not in fused},
+        created=tuple(sorted(created)),
+        zeros=tuple(zeros),
+        untied=tuple(apart),
+        ties=structure.ties,
+    )
+
+
+def _check_plain(checkpoint: Checkpoint) -> None:
+    """Raises NotStreamableError for what needs the model, or a matrix several times."""
+    if checkpoint.members:
+        raise NotStreamableError("several checkpoints act on one base")
+    if checkpoint.bind is not None:
+        raise NotStreamableError(f"the adapters of a {checkpoint.format} checkpoint are made from the model itself")
+    other = next((a for a in checkpoint.adapters if a.parameter is not None or a.weight != 1), None)
+    if other is not None:
+        raise NotStreamableError(f"{other.site} is not the weight of a layer, or is changed in part")
+
+
+def _replaced(checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Tensors that the checkpoint brings whole, in the base's own dtype. Raises NotStreamableError."""
+    from reparam_export.streaming.formats import rounded
+    from reparam_export.streaming.forms import array64
+
+    found = {}
+    for name, tensor in checkpoint.replaced.items():
+        new = of_tensor(name, tensor)
+        old = stored.get(name) or stored.get(f"{name.removesuffix('bias')}weight" if name.endswith(".bias") else "")
+        if old is None or (name in stored and stored[name].shape != new.shape):
+            raise NotStreamableError(f"the checkpoint brings {name} in another shape than the base's")
+        if new.is_float and old.is_float and new.code != old.code:
+            values = rounded(array64(tensor), FORMATS[old.code])
+            new = Stored(name, old.code, new.shape, values.reshape(-1).view("u1"))
+        found[name] = new
+    return found
+
+
+def _touched(checkpoint: Checkpoint, stored: Mapping[str, Stored], structure: Structure) -> dict[str, Touched]:
+    """Every adapted module with its weight. Raises TensorMismatchError, FusionError, NotStreamableError."""
+    found = {}
+    for module, adapters in modules_of(checkpoint.adapters).items():
+        if len(adapters) > 1 and any(a.rows is None for a in adapters):
+            raise NotStreamableError(f"{module} has several adapters on the same outputs")
+        weight = stored.get(f"{module}.weight")
+        if weight is None:
+            near = difflib.get_close_matches(module, [n.removesuffix(".weight") for n in stored], n=3, cutoff=0.5)
+            raise TensorMismatchError(
+                f"the checkpoint adapts {module}, which the base does not have (nearest: {', '.join(near) or 'none'}); "
+                "is this the base that it was trained on?",
+                module=module,
+                tensor="weight",
+                expected=module,
+                found=near,
+            )
+        if module in structure.refused:
+            raise FusionError(structure.refused[module])
+        if len(weight.shape) != 2 or not weight.is_float:
+            raise NotStreamableError(f"{module} holds no plain matrix but {weight.code} {weight.shape}")
+        transposed = module in structure.transposed | structure.embeddings
+        found[module] = Touched(module, adapters, weight, stored.get(f"{module}.bias"), transposed)
+    return found
+
+
+def _created(touched: Mapping[str, Touched], structure: Structure) -> list[str]:
+    """Biases that folding adds. Raises FusionError where there is no place for one."""
+    created = []
+    for module, each in touched.items():
+        makes = creates_bias(each)
+        if makes is None:
+            makes = _whole_creates_bias(each)
+        if makes and module in structure.embeddings:
+            raise FusionError(f"{module}: the adapter adds a bias, and an embedding has no place for one")
+        if makes:
+            created.append(f"{module}.bias")
+    return created
+
+
+def _whole_creates_bias(touched: Touched) -> bool:
+    """The same for a kind without factors: by folding it into zeros."""
+    import torch
+
+    from reparam_export.affine import Affine
+    from reparam_export.fusion import fold_affine
+    from reparam_export.streaming.whole import adapters64
+
+    zeros = Affine(torch.zeros(touched.shape, dtype=torch.float64))
+    return fold_affine(zeros, adapters64(touched)).bias is not None
+
+
+def _dtype_entry(config: Mapping[str, Any], target: Format | None) -> dict[str, str]:
+    """The config's own word for the dtype that the weights are stored in, when that was asked for."""
+    if target is None:
+        return {}
+    return {"torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype": target.torch}
+
+
+def _shards(
+    files: Mapping[Path, Mapping[str, Stored]], untied: Mapping[str, str], added: list[str], touched: Mapping[str, Touched],
+    stored: Mapping[str, Stored], target: Format | None, checkpoint: Checkpoint,
+) -> tuple[Shard, ...]:  # fmt: skip
+    """The base's own sharding, in safetensors; a new bias beside its weight, an untied tensor beside the one it was."""
+    metadata = {"format": "pt", "checkpoint_sha256": checkpoint.sha256, "base": str(checkpoint.base)}
+    shards = []
+    beside = {f"{name.removesuffix('.bias')}.weight": name for name in added}
+    for path, tensors in files.items():
+        names: list[str] = []
+        for name in tensors:
+            names += [
+                name,
+                *(n for n, holder in untied.items() if holder == name and not any(n in t for t in files.values())),
+            ]
+        names = [n for name in names for n in ((name, beside[name]) if name in beside else (name,))]
+        entries = [(n, *_as_stored(n, stored, target, touched)) for n in names]
+        entries.sort(
+            key=lambda e: -FORMATS[e[1]].size if e[1] in FORMATS else 0
+        )  # aligned, as the library itself orders them
+        header, places, size = layout(entries, metadata)
+        shards.append(Shard(_output_name(path), (path,), header, size, _units(places, touched)))
+    return tuple(shards)
+
+
+def _as_stored(
+    name: str, stored: Mapping[str, Stored], target: Format | None, touched: Mapping[str, Touched]
+) -> tuple[str, tuple[int, ...]]:
+    """dtype code and shape of an output tensor; a new bias is like its weight."""
+    of = stored.get(name)
+    module = name.removesuffix(".bias")
+    weight = stored.get(f"{module}.weight")
+    if of is None and weight is not None:
+        return (target.code if target else weight.code), (
+            touched[module].shape[0] if module in touched else weight.shape[0],
+        )
+    if of is None:
+        raise CheckpointError(f"{name}: there is no tensor of this name to write")
+    return (target.code if target and of.is_float else of.code), of.shape
+
+
+def _units(places: list[Place], touched: Mapping[str, Touched]) -> tuple[tuple[str, tuple[Place, ...]], ...]:
+    """The places of one file by the module that fills them (folded together), or one by one."""
+    units: dict[str, list[Place]] = {}
+    for place in places:
+        module, _, part = place.name.rpartition(".")
+        folded = module in touched and part in ("weight", "bias")
+        units.setdefault(module if folded else place.name, []).append(place)
+    return tuple((name, tuple(filled)) for name, filled in units.items())
+
+
+def _output_name(path: Path) -> str:
+    return (
+        path.name
+        if path.suffix == ".safetensors"
+        else path.name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
+    )
