@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from reparam_export.exporters.artifact import Artifact as Artifact
     from reparam_export.fusion import FusedWeights as FusedWeights
     from reparam_export.fusion import fuse as fuse
+    from reparam_export.latency import bench as bench
+    from reparam_export.latency.measurement import Measurement as Measurement
     from reparam_export.report import Report as Report
     from reparam_export.report import write_report as write_report
     from reparam_export.verification import VerifiedModel as VerifiedModel
@@ -37,6 +39,8 @@ _HOME = {
     "verify": "verification",
     "Artifact": "exporters.artifact",
     "export": "exporters",
+    "Measurement": "latency.measurement",
+    "bench": "latency",
     "Report": "report",
     "write_report": "report",
 }

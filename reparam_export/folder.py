@@ -3,6 +3,7 @@
     fused.safetensors  fused.json          fuse
     verification.json  reference.npz       verify
     model.onnx  model.engine  artifact.json    export
+    latency.json                       bench
     report.html  report.md  junit.xml      report
 
 Every file is written under a temporary name and renamed. ``fused.json`` holds the recipe (checkpoint, base, settings, with digests), so
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
     from reparam_export.verification.certificate import Certificate
 
 FUSED, PROOF, ARTIFACTS, REFERENCE = "fused.json", "verification.json", "artifact.json", "reference.npz"
+LATENCY = "latency.json"
 WEIGHTS = "fused.safetensors"
 MADE = (  # by the later stages, from the weights of the time
-    "model.onnx*", "model.engine", "engine.log", "model.safetensors", "hf", "report.html", "report.md", "junit.xml",
+    LATENCY, "model.onnx*", "model.engine", "engine.log", "model.safetensors", "hf", "report.html", "report.md", "junit.xml",
 )  # fmt: skip
 
 
@@ -147,8 +149,11 @@ def save_evidence(folder: Path, model: VerifiedModel) -> None:
         save_proof(folder, model.certificate, model)
 
 
-def load_proof(folder: Path) -> VerifiedModel:
-    """The verified model of an output folder. Raises EquivalenceError when the proof failed or belongs to other weights."""
+def load_proof(folder: Path, *, again: bool = True) -> VerifiedModel:
+    """The verified model of an output folder. Raises EquivalenceError when the proof failed or belongs to other weights.
+
+    again: prove the weights once more, since files may change; needed before anything is made that claims to be proven.
+    """
     import numpy as np
     import torch
 
@@ -165,7 +170,8 @@ def load_proof(folder: Path) -> VerifiedModel:
     if certificate.verdict == "wrong":
         raise EquivalenceError(f"{folder}: the proof failed; nothing can be exported from it", evidence=certificate)
     found = weights.sha256()
-    prove_again(checkpoint, weights, certificate)
+    if again:
+        prove_again(checkpoint, weights, certificate)
     if found != certificate.weights_sha256:
         raise EquivalenceError(
             f"{folder / WEIGHTS}: these weights ({found[:12]}) are not the ones that were proven "

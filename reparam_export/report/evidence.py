@@ -16,6 +16,8 @@ from typing import Any, TypeVar, get_args
 
 from reparam_export.errors import CheckpointError
 from reparam_export.exporters.artifact import Artifact
+from reparam_export.latency.measurement import Measurement
+from reparam_export.latency.measurement import from_json as measurement_from_json
 from reparam_export.verification.certificate import (
     CarriedEvidence,
     Certificate,
@@ -26,7 +28,7 @@ from reparam_export.verification.certificate import (
 )
 
 T = TypeVar("T")
-REMEDIES = {"fused.json": "fuse", "verification.json": "verify", "artifact.json": "export"}
+REMEDIES = {"fused.json": "fuse", "verification.json": "verify", "artifact.json": "export", "latency.json": "bench"}
 UNPRINTABLE = {"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"}  # controls, invisible marks, surrogates, non-characters, line ends
 FUSED_KEYS: dict[str, type] = {"checkpoint": dict, "base": dict, "storage": dict, "changed": dict, "created": list}
 
@@ -51,6 +53,14 @@ class Exported:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The latency as it was written down. ``stale``: why it says nothing about what is in the folder now, "" when it does."""
+
+    measurement: Measurement
+    stale: str
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Everything a report may show. ``certificate`` is missing when nothing proves these weights: ``why_unproven``."""
 
@@ -60,6 +70,7 @@ class Evidence:
     stated: str  # the verdict written in verification.json
     why_unproven: str
     exported: tuple[Exported, ...]
+    latency: Measured | None = None
 
     @property
     def outputs(self) -> tuple[OutputEvidence, ...]:
@@ -86,7 +97,8 @@ def read_evidence(folder: Path) -> Evidence:
         certificate=None if why else certificate,
         stated=str((raw or {}).get("verdict", "")),
         why_unproven=why,
-        exported=_exported(folder, fused["weights_sha256"]),
+        exported=(exported := _exported(folder, fused["weights_sha256"])),
+        latency=_measured(folder, fused["weights_sha256"], exported),
     )
 
 
@@ -173,6 +185,22 @@ def _exported(folder: Path, weights_sha256: str) -> tuple[Exported, ...]:
         return tuple(_one_exported(each, weights_sha256) for each in raw["artifacts"])
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(folder, "artifact.json", _reason(error)) from error
+
+
+def _measured(folder: Path, weights_sha256: str, exported: tuple[Exported, ...]) -> Measured | None:
+    raw = _load(folder, "latency.json")
+    if raw is None:
+        return None
+    try:
+        found = measurement_from_json(raw)
+    except ValueError as error:
+        raise _damaged(folder, "latency.json", str(error)) from error
+    files = [e.artifact.sha256 for e in exported if e.artifact.target == "onnx"]
+    if found.weights_sha256 != weights_sha256:
+        return Measured(found, "it was measured with other weights")
+    if found.artifact_sha256 and found.artifact_sha256 not in files:
+        return Measured(found, "it was measured with another export")
+    return Measured(found, "")
 
 
 def _one_exported(raw: dict[str, Any], weights_sha256: str) -> Exported:

@@ -105,7 +105,7 @@ def layer_plot(layers: Sequence[LayerEvidence], *, narrow: bool) -> str:
         warnings.simplefilter("ignore")  # a glyph the drawing font lacks: the browser has it
         figure = Figure(figsize=(3.9, 4.4) if narrow else (9.6, 4.2))
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
-        _margins(figure, left=0.75, right=0.12, top=0.3, bottom=0.5, between=0.35)
+        margins(figure, left=0.75, right=0.12, top=0.3, bottom=0.5, between=0.35)
         _draw_ratios(above, layers)
         _draw_survival(below, layers)
         label = (
@@ -113,9 +113,7 @@ def layer_plot(layers: Sequence[LayerEvidence], *, narrow: bool) -> str:
             f"logarithmic axis; the bound is 1 and {sum(not layer.passed for layer in layers)} layers are wrong. "
             f"Below, the share of the adapter's change that the storage format keeps."
         )
-        return _svg(
-            figure, "layers-narrow" if narrow else "layers-wide", label, {} if narrow else _layer_titles(layers)
-        )
+        return svg(figure, "layers-narrow" if narrow else "layers-wide", label, {} if narrow else _layer_titles(layers))
 
 
 def output_plot(outputs: Sequence[OutputEvidence], *, narrow: bool) -> str:
@@ -130,16 +128,16 @@ def output_plot(outputs: Sequence[OutputEvidence], *, narrow: bool) -> str:
         height = 0.65 + 0.5 * len(shown)
         figure = Figure(figsize=(3.9 if narrow else 9.6, height))
         axes = figure.subplots()
-        _margins(figure, left=0.05, right=0.12, top=0.05, bottom=0.3)
+        margins(figure, left=0.05, right=0.12, top=0.05, bottom=0.3)
         _draw_outputs(axes, shown, letters=40 if narrow else 90)
         label = (
             f"Output error of {len(shown)} comparisons between noise floor and bound on a logarithmic axis; "
             f"{sum(not output.passed for output in shown)} are beyond the bound. The table below has the numbers."
         )
-        return _svg(figure, "outputs-narrow" if narrow else "outputs-wide", label, {})
+        return svg(figure, "outputs-narrow" if narrow else "outputs-wide", label, {})
 
 
-def _margins(figure: Figure, *, left: float, right: float, top: float, bottom: float, between: float = 0.0) -> None:
+def margins(figure: Figure, *, left: float, right: float, top: float, bottom: float, between: float = 0.0) -> None:
     """In inches: the labels are known, so no layout engine has to measure them."""
     width, height = figure.get_size_inches()
     figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
@@ -228,7 +226,7 @@ def _layer_titles(layers: Sequence[LayerEvidence]) -> dict[str, str]:
     }
 
 
-def _svg(figure: Figure, name: str, label: str, titles: dict[str, str]) -> str:
+def svg(figure: Figure, name: str, label: str, titles: dict[str, str]) -> str:
     """The SVG element alone: page colours, page font, ids of its own, a tooltip on every linked dot."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

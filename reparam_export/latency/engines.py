@@ -1,0 +1,86 @@
+"""What TensorRT makes of base, adapted and fused, side by side; and the engines that are timed where there is a GPU.
+
+Without a GPU no plan can be opened, so what is compared there is the network that the builder was given, layer by type, and
+the size of the plan that it made of it. With one, the inspector of the built engines is asked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reparam_export.exporters import tensorrt
+from reparam_export.files import read_json
+from reparam_export.folder import ARTIFACTS
+
+if TYPE_CHECKING:
+    from reparam_export.latency.contenders import Lineup
+    from reparam_export.models import Signature
+
+
+@dataclass(frozen=True)
+class Engines:
+    """``paths`` by model, of those that can run here; ``facts``: a row a model: layers by type, plan bytes, the source of it."""
+
+    paths: dict[str, Path]
+    facts: tuple[dict[str, Any], ...]
+    builder: str | None
+
+
+def built(folder: Path, lineup: Lineup, signature: Signature, scratch: Path) -> Engines | None:
+    """Engines like the folder's own, which is the fused one, of the other models; None when the folder has none.
+
+    The control is a second build of the base where it can be run: a builder chooses kernels anew each time.
+    Raises MissingBackendError, ExportError.
+    """
+    entry = _entry(folder)
+    if entry is None:
+        return None
+    details = entry["details"]
+    paths, facts = {}, []
+    for model, file in lineup.files.items():
+        log, made = scratch / "engine.log", details
+        if model == lineup.contest.control and details["ahead_of_time"]:
+            continue
+        paths[model] = folder / entry["path"]
+        if model != lineup.contest.subject:
+            paths[model] = scratch / f"{model.replace(' ', '-')}.engine"
+            made = tensorrt.write(
+                file, paths[model], log=log, precision=lineup.precision, **_options(details, signature)
+            )
+        layers, source = _layers(paths[model], file, log, made)
+        facts.append({"model": model, "layers": layers, "plan_bytes": made["size"], "source": source})
+    return Engines(paths if not details["ahead_of_time"] else {}, tuple(facts), details["builder"])
+
+
+def _entry(folder: Path) -> dict[str, Any] | None:
+    """The folder's engine in ``artifact.json``."""
+    path = folder / ARTIFACTS
+    entries = read_json(path).get("artifacts", []) if path.is_file() else []
+    found: dict[str, Any] | None = next((e for e in entries if e.get("target") == "trt" and not e.get("failure")), None)
+    return found
+
+
+def _options(details: Mapping[str, Any], signature: Signature) -> dict[str, Any]:
+    """What ``tensorrt.write`` was told when it built the folder's engine."""
+    smallest, usual, largest = (int(shape[0]) for shape in next(iter(details["profile"].values())))
+    return {
+        "gpus": tuple(details["gpus"]) if details["ahead_of_time"] else None,
+        "batch": (smallest, usual, largest),
+        "axes": {axis: int(size) for given in signature.inputs for axis, size in (given.default or {}).items()},
+    }
+
+
+def _layers(engine: Path, file: Path, log: Path, made: Mapping[str, Any]) -> tuple[dict[str, int], str]:
+    """Layers by type, and whether the engine's inspector or the network it was built from says so."""
+    import torch
+
+    builder = f"{made['builder']} {made['version']}"
+    if torch.cuda.is_available() and not made["ahead_of_time"]:
+        with tensorrt.Runner(engine, builder=made["builder"]) as runner:
+            types = Counter(str(layer.get("LayerType", "layer")) for layer in runner.layers())
+            return dict(sorted(types.items())), f"inspector of {builder}"
+    return tensorrt.layers(file, log), f"network as parsed by {builder}; its engine cannot be opened without a GPU"

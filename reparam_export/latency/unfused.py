@@ -1,0 +1,165 @@
+"""The unfused model as its user would ship it: the one that fusing is compared with when time is taken.
+
+The proof's reference (``assembly.adapted``) spells every formula out, layer by layer, as the paper has it. Its speed is
+nobody's. Here a frozen layer runs the torch function it always ran, low-rank pairs are linear layers, every tensor of an
+adapter is a parameter, and what the base gives is computed once. Kinds with ``RECOMPUTES`` (GLoRA, trained tokens) make
+their whole weight anew at every call, as their authors' code does, and multiply once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from reparam_export.adapters import Kind, kind
+from reparam_export.affine import Affine, map_tensors, tensors_of
+from reparam_export.checkpoints import Adapter
+from reparam_export.errors import FusionError
+from reparam_export.layouts import layout_of, matrix
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class Native(Affine):
+    """A map that is computed by the torch function of its layer, on a ``LayerInput`` or on plain rows (..., in)."""
+
+    def __call__(self, x: Any) -> Any:
+        from torch.nn import functional as F
+
+        return x.through(self) if isinstance(x, LayerInput) else F.linear(x, self.weight, self.bias)
+
+
+class Known(Native):
+    """Some outputs of a layer whose whole output on ``x`` is there already."""
+
+    x: Any
+    y: Any
+
+    def __init__(self, map_: Affine, x: Any, y: Tensor) -> None:
+        super().__init__(map_.weight, map_.bias)
+        self.__dict__ |= {"x": x, "y": y}
+
+    def __call__(self, x: Any) -> Any:
+        return self.y if x is self.x else super().__call__(x)
+
+
+class LayerInput:
+    """The input of a convolution or an embedding; a map is put on it by that layer's own function, features last."""
+
+    def __init__(self, x: Tensor, layer: Any) -> None:
+        self.x, self.layer = x, layer
+
+    def through(self, affine: Affine) -> Tensor:
+        """x through a matrix (out, in) of the layer's layout -> (..., out)."""
+        from torch import nn
+        from torch.nn import functional as F
+
+        if isinstance(self.layer, nn.Embedding):
+            y = F.embedding(self.x, affine.weight.T)
+            return y if affine.bias is None else y + affine.bias
+        kernel = affine.weight.reshape(affine.weight.shape[0], *self.layer.weight.shape[1:])
+        convolved: Tensor = self.layer._conv_forward(self.x, kernel, affine.bias)
+        return convolved.movedim(1, -1)
+
+
+def unfused(module: nn.Module, adapters: Sequence[Adapter]) -> nn.Module:
+    """The base with every touched layer replaced; ``module`` is changed and returned, the tensors take its layers' dtypes.
+
+    Raises FusionError for an adapter that has no form here which a user would ship.
+    """
+    groups: dict[str, list[Adapter]] = {}
+    for adapter in adapters:
+        groups.setdefault(adapter.module, []).append(adapter)
+    for name, group in groups.items():
+        parent, _, attribute = name.rpartition(".")
+        owner = module.get_submodule(parent)
+        setattr(owner, attribute, _layer(name, getattr(owner, attribute), group))
+    return module.eval()
+
+
+def _layer(name: str, module: nn.Module, adapters: Sequence[Adapter]) -> nn.Module:
+    from torch import nn as torch_nn
+
+    layout = layout_of(name, module)
+    weight: Any = module.get_parameter("weight")
+    kinds = [kind(a.kind) for a in adapters]
+    wrapped = layout in ("embedding", "conv")
+    for adapter, of_kind in zip(adapters, kinds, strict=True):
+        if wrapped and adapter.kind != "lora" and not recomputes(of_kind):
+            raise FusionError(f"{name}: there is no {adapter.kind} on a {type(module).__name__} to be shipped unfused")
+    tensors = [
+        map_tensors(a.params, lambda t: t.detach().clone().to(weight.dtype) if t.is_floating_point() else t)
+        for a in adapters
+    ]
+
+    class Unfused(torch_nn.Module):
+        """y = apply(x, base, p) on each adapter's outputs, the layer's own output on all others."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = weight, getattr(module, "bias", None)
+            self._fields = [map_tensors(params, lambda t: t.to("meta")) for params in tensors]
+            self._names = [[_key(number, n) for n in tensors_of(params)] for number, params in enumerate(tensors)]
+            for names, params in zip(self._names, tensors, strict=True):
+                for key, tensor in zip(names, tensors_of(params).values(), strict=True):
+                    if tensor.is_floating_point():
+                        self.register_parameter(key, torch_nn.Parameter(tensor, requires_grad=False))
+                    else:
+                        self.register_buffer(key, tensor)
+
+        def params(self, number: int) -> Any:
+            held = (getattr(self, key) for key in self._names[number])
+            return _native(map_tensors(self._fields[number], lambda _: next(held)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            given: Any = LayerInput(x, module) if wrapped else x
+            base = Native(matrix(self.weight, layout), self.bias)
+            alone = adapters[0].rows is None
+            y = _run(kinds[0], given, base, self.params(0)) if alone else self.parts(given, base)
+            return y.movedim(-1, 1) if layout == "conv" else y
+
+        def parts(self, x: Any, base: Native) -> Tensor:
+            import torch
+
+            whole: Tensor = base(x)
+            y = whole
+            for number, adapter in enumerate(adapters):
+                start, stop = adapter.rows or (0, 0)
+                known = Known(base.rows(start, stop), x, whole[..., start:stop])
+                inner = _run(kinds[number], x, known, self.params(number))
+                y = torch.cat([y[..., :start], inner, y[..., stop:]], dim=-1)
+            return y
+
+    return Unfused()
+
+
+def recomputes(of_kind: Kind) -> bool:
+    """Does the authors' code make the whole weight anew at every call?"""
+    return bool(getattr(of_kind, "RECOMPUTES", False))
+
+
+def _run(of_kind: Kind, x: Any, base: Native, params: Any) -> Tensor:
+    y: Tensor
+    if recomputes(of_kind):
+        made = of_kind.fuse(base, params)
+        y = Native(made.weight, made.bias)(x)
+    else:
+        y = of_kind.apply(x, base, params)
+    return y
+
+
+def _native(value: T) -> T:
+    """The same Params with every map in them one that torch computes as a linear layer."""
+    if isinstance(value, Affine):
+        return Native(value.weight, value.bias)  # type: ignore[return-value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _native(getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
+def _key(number: int, name: str) -> str:
+    return f"adapter_{number}_{name.replace('.', '_')}"
