@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from reparam_export.checkpoints import Adapter as Adapter
     from reparam_export.checkpoints import Checkpoint as Checkpoint
     from reparam_export.checkpoints import read as read
+    from reparam_export.comparison import Comparison as Comparison
+    from reparam_export.comparison import compare as compare
     from reparam_export.exporters import export as export
     from reparam_export.exporters.artifact import Artifact as Artifact
     from reparam_export.fusion import FusedWeights as FusedWeights
@@ -39,6 +41,8 @@ _HOME = {
     "verify": "verification",
     "Artifact": "exporters.artifact",
     "export": "exporters",
+    "Comparison": "comparison",
+    "compare": "comparison",
     "Measurement": "latency.measurement",
     "bench": "latency",
     "Report": "report",

@@ -17,8 +17,8 @@ ROOT = PACKAGE.parent
 # fmt: off
 ORDER = [  # a room imports itself and what stands before it; nobody imports training
     "errors", "affine", "plugins", "files", "adapters", "checkpoints", "layouts", "state", "models", "bases",
-    "assembly", "training", "fusion", "verification", "folder", "exporters", "latency", "report", "console",
-    "inspection", "cli", "__main__",
+    "assembly", "training", "fusion", "verification", "folder", "exporters", "latency", "comparison", "report",
+    "console", "inspection", "cli", "pytest_plugin", "__main__",
 ]
 # fmt: on
 HEAVY = {"torch", "onnx", "onnxruntime", "timm", "transformers", "tensorrt", "tensorrt_rtx", "numpy", "matplotlib"}

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from reparam_export.latency.rounds import Progress, Settings
     from reparam_export.latency.statistics import Ratio
 
+DEFAULTS: dict[str, Any] = {"batch": "1,4,16", "margin": "1%", "runners": (), "threads": 1, "rounds": None, "seed": 0}
 MEASURE = stack(
-    click.option("--batch", metavar="LIST", default="1,4,16", help="Batch sizes.  [1,4,16]"),
-    click.option("--margin", metavar="PERCENT", default="1%", help="Up to here a difference is none.  [1%]"),
+    click.option("--batch", metavar="LIST", default=DEFAULTS["batch"], help="Batch sizes, as in the papers.  [1,4,16]"),
+    click.option(
+        "--margin", metavar="PERCENT", default=DEFAULTS["margin"], help="Up to here a difference is none.  [1%]"
+    ),
     click.option("--max-time", metavar="TIME", default="15m", help="Of all runners: 90s, 15m, 2h.  [15m]"),
     click.option(
         "--runner", "runners", metavar="NAME", multiple=True, help="Repeatable; default: all that can run here."
@@ -28,6 +31,11 @@ MEASURE = stack(
     click.option("--threads", type=click.IntRange(1), default=1, help="Threads of a CPU runner, pinned.  [1]"),
     click.option("--rounds", type=click.IntRange(1), help="Stop after so many rounds, decided or not."),
     click.option("--seed", default=0, help="Seed of the random orders.  [0]"),
+)
+
+BENCH = stack(
+    click.option("--bench", is_flag=True, help="Measure that fusing added no inference cost, as `bench` does."),
+    click.option("--max-time", metavar="TIME", default="15m", help="Of --bench.  [15m]"),
 )
 
 
@@ -52,10 +60,10 @@ def bench_stage(console: Console, folder: Path, precision: str | None, options: 
     """Measure, write ``latency.json`` and show what was found."""
     from reparam_export import bench
 
-    given, settings = settings_of(options)
+    given, settings = settings_of({**DEFAULTS, **options})
     with console.stage("bench") as advance:
-        watched = _watched(advance, settings)
-        found = bench(folder, precision=precision, settings=settings, progress=watched, **given)
+        progress = watched(advance, settings)
+        found = bench(folder, precision=precision, settings=settings, progress=progress, **given)
     show(console, found)
     return found
 
@@ -102,7 +110,7 @@ def gate(found: Measurement) -> None:
         raise UndecidedError(f"no verdict on the latency: {where}; {case.said}")
 
 
-def _watched(advance: Any, settings: Settings) -> Progress:
+def watched(advance: Any, settings: Settings) -> Progress:
     import time
 
     started = time.monotonic()

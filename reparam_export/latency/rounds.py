@@ -24,7 +24,8 @@ from reparam_export.latency.statistics import decided, is_look, log_ratios
 
 CYCLES = (3, 25)  # of a round, at least and at most
 ROUND_NS = 500_000_000  # what all cycles of one model should take together in a round
-LONG_NS = 2_000_000_000  # a run that is longer is its own average: one cycle after one warm-up
+LONG_NS = 2_000_000_000  # a run that is longer is its own average: one cycle is enough
+WARM_NS = 100_000_000  # after one run that is longer nothing is left to warm up
 Progress = Callable[[str, int, float], None]  # (runner, rounds, seconds until the time is up)
 
 
@@ -54,10 +55,9 @@ class Models:
 
     def lack(self, name: str) -> str:
         """Why this runner has nothing to run, "" when it has."""
-        takes = runner(name).TAKES
-        if takes == "torch" and not self.modules:
-            return "there is no torch module of a file; it takes an output folder"
-        return "no engine was built" if takes == "engine" and not self.engines else ""
+        held = {"onnx": self.files, "torch": self.modules, "engine": self.engines}[runner(name).TAKES]
+        needs = {"onnx": "ONNX files", "torch": "output folders, to build modules from", "engine": "engines"}
+        return "" if held else f"it needs {needs[runner(name).TAKES]}"
 
     def job(self, name: str, threads: int) -> Job:
         """What a timing process of that runner is told."""
@@ -225,7 +225,7 @@ def _plans(
     for batch in batches:
         one = times[str(batch)][contest.base][0]
         fitting = min(max(round(ROUND_NS / one), CYCLES[0] if one < LONG_NS else 1), CYCLES[1])
-        plans[batch] = (settings.cycles or fitting, 1 if one > LONG_NS else 2)
+        plans[batch] = (settings.cycles or fitting, 1 if one > WARM_NS else 2)
     return plans
 
 

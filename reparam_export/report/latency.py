@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from reparam_export.latency.measurement import Case, Measurement, Size
 from reparam_export.latency.statistics import Ratio
 from reparam_export.report.evidence import Evidence, Measured
-from reparam_export.report.numbers import count, number, plural, quantity, signed, size
+from reparam_export.report.numbers import count, plural, quantity, size
 
 TONES = {"no added cost": "exact", "added cost": "wrong", "undecided": "unproven", "withheld": "unproven"}
 PLACES = {"within": "within the margin", "above": "above it", "below": "below it", "open": "not decided"}
@@ -29,7 +29,7 @@ def sentence(measured: Measured) -> str:
         return f"Latency not known: {measured.stale}; run bench again"
     case = telling(found)
     ratio = case.ratio(found.contest.subject)
-    cost = f"{found.contest.subject} takes {change(ratio)} of the base's time, interval {between(ratio)}"
+    cost = f"{found.contest.subject} adds {change(ratio)} to the base's time ({between(ratio)})"
     start = f"Latency {'not decided' if found.verdict in ('undecided', 'withheld') else f'proven: {found.verdict}'}"
     why = f"; {case.said}" if case.verdict in ("undecided", "withheld") else f", margin {share(found.margin)}"
     where = "in the worst case, " if len(found.cases) > 1 else ""
@@ -73,8 +73,7 @@ def throughputs(found: Measurement) -> tuple[tuple[str, ...], list[Row]]:
     for case in found.cases:
         by_model = {times.model: times.throughput for times in case.times}
         cells = tuple(
-            f"{number(by_model[m])}"
-            + (f" ({signed(percent(by_model[m] / by_model['base'] - 1))})" if m != "base" else "")
+            rate(by_model[m]) + (f" ({percent(by_model[m] / by_model[models[0]] - 1)})" if m != models[0] else "")
             for m in models
         )
         rows.append(Row(name_of(case), cells))
@@ -91,7 +90,7 @@ def ratio_rows(found: Measurement) -> list[Row]:
                 f"{ratio.ratio:.4f}",
                 f"{ratio.low:.4f} to {ratio.high:.4f}",
                 count(ratio.rounds),
-                percent(ratio.spread),
+                f"{100 * ratio.spread:.1f} %",
                 PLACES[ratio.look.position],
             ),
         )
@@ -167,7 +166,7 @@ def name_of(case: Case) -> str:
 
 def change(ratio: Ratio) -> str:
     """``+0.03 %``: the time that is added to the base's."""
-    return f"{100 * (ratio.ratio - 1):+.2f} %" if abs(ratio.ratio - 1) < 10 else f"{ratio.ratio:.1f} times"
+    return f"{100 * (ratio.ratio - 1):+.2f} %"
 
 
 def between(ratio: Ratio) -> str:
@@ -186,20 +185,30 @@ def share(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share to one digit: ``-8.3 %``."""
-    return f"{100 * value:.1f} %"
+    """A change to one digit: ``-8.3 %``."""
+    return f"{100 * value:+.1f} %"
+
+
+def rate(value: float) -> str:
+    """Samples a second: ``35.4``, ``1,204``."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def milliseconds(value: float) -> str:
     """Three digits: ``28.2 ms``."""
-    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
+    return f"{value:#.3g} ms" if value < 100 else f"{value:.0f} ms"
 
 
-def rounds_sentence(found: Measurement) -> str:
+def factors(case: Case) -> str:
+    """Every ratio of a case: ``fused / base 1.0003 (0.9986 to 1.0018), ...``."""
+    return ", ".join(f"{ratio.over} / {ratio.under} {factor(ratio)}" for ratio in case.ratios)
+
+
+def rounds_sentence(*cases: Case) -> str:
     """How much was measured."""
-    most = max(r.rounds for case in found.cases for r in case.ratios)
-    runs = sum(t.runs for case in found.cases for t in case.times)
-    return f"{count(runs)} runs in up to {plural(most, 'round')}"
+    most = max(ratio.rounds for case in cases for ratio in case.ratios)
+    runs = sum(times.runs for case in cases for times in case.times)
+    return f"{count(runs)} runs in {'up to ' if len(cases) > 1 else ''}{plural(most, 'round')}"
 
 
 def _sized(name: str, sizes: Sequence[Size], cell: Callable[[Size], str]) -> Row:

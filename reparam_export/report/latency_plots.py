@@ -126,7 +126,7 @@ def _draw_ratios(axes: Axes, found: Measurement, *, numbers: bool) -> None:
         y += 0.25
     axes.set_ylim(y - 0.35, -0.6)
     axes.set_yticks([])
-    _percent_ticks(axes, left, reach, found.margin, most=4 if not numbers else 7)
+    _percent_ticks(axes, left, reach, found.margin, most=9 if numbers else 6)
     axes.tick_params(length=0)
     axes.spines["left"].set_visible(False)
 
@@ -142,12 +142,18 @@ def _draw_ratio(axes: Axes, ratio: Ratio, y: float, colour: str) -> None:
 
 
 def _percent_ticks(axes: Axes, left: float, reach: float, margin: float, *, most: int) -> None:
-    """0, the margin on both sides, and round numbers further out as far as there is room."""
-    further = [t for t in TICKS if 2.4 * margin < t <= reach * 1.1]
-    further = further[:: max(1, math.ceil(len(further) / max(most - 3, 1)))]
-    marks = [-margin, 0.0, margin, *further]
+    """0, the margin on both sides, and round numbers further out, at most so many on the whole axis."""
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
+    marks = [-margin, 0.0, margin]
+    place = axes.transScale.transform
+    apart = (place((reach, 0))[0] - place((left, 0))[0]) / most
+    for tick in (t for t in TICKS if t <= reach * 1.1):
+        if place((tick, 0))[0] - place((marks[-1], 0))[0] >= apart:
+            marks.append(tick)
+    for tick in (-t for t in TICKS if -t >= left * 1.05):
+        if place((marks[0], 0))[0] - place((tick, 0))[0] >= apart:
+            marks.insert(0, tick)
     axes.xaxis.set_major_locator(FixedLocator(marks))
     axes.xaxis.set_major_formatter(FixedFormatter(["0" if m == 0 else f"{100 * m:+g} %" for m in marks]))
     axes.xaxis.set_minor_locator(NullLocator())

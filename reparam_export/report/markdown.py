@@ -6,7 +6,9 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
-from reparam_export.report.evidence import Evidence
+from reparam_export.latency.measurement import Measurement
+from reparam_export.report import latency
+from reparam_export.report.evidence import Evidence, Measured
 from reparam_export.report.numbers import count, number, percent, plural, quantity, signed, size
 from reparam_export.report.statement import failures, headline, ran_sentence, verdict
 from reparam_export.verification.certificate import Certificate, GraphEvidence, LayerEvidence
@@ -22,6 +24,8 @@ def markdown(evidence: Evidence) -> str:
     if certificate is not None:
         parts += [_proof_table(certificate), _output_table(evidence)]
     parts.append(_artifact_table(evidence))
+    if evidence.latency is not None:
+        parts += _latency(evidence.latency)
     if certificate is not None:
         parts += [_layer_details(certificate), _graph_details(certificate.graph)]
     parts.append(_provenance(evidence))
@@ -110,6 +114,44 @@ def _artifact_table(evidence: Evidence) -> str:
         for each in evidence.exported
     ]
     return table(("artefact", "target", ">size", "sha256", "checked", ""), rows) if rows else ""
+
+
+def _latency(measured: Measured) -> list[str]:
+    """The verdict, the ratios, the table of the papers; folded away, what each model consists of and the machine."""
+    found = measured.measurement
+    mark = MARKS[{"no added cost": "exact", "added cost": "wrong"}.get(found.verdict, "unproven")]
+    head = f"#### {MARKS['unproven'] if measured.stale else mark} {prose(latency.sentence(measured))}"
+    models, rows = latency.throughputs(found)
+    rates = [(prose(row.name), *row.cells, prose(case.said)) for row, case in zip(rows, found.cases, strict=True)]
+    ratios = [(prose(row.name), *map(prose, row.cells)) for row in latency.ratio_rows(found)]
+    notes = [f"Not run: {title}: {why}" for title, why in found.skipped.items()] + list(found.notes)
+    return [
+        head,
+        table(("samples a second", *(f">{m}" for m in models), "verdict"), rates),
+        "\n".join(f"- {prose(note)}" for note in notes),
+        details(
+            f"Ratios to the base, with {latency.share(found.confidence)} intervals over rounds",
+            table(("runner", "ratio", ">factor", ">interval", ">rounds", ">spread of a round", "tested"), ratios),
+        ),
+        _structure(found),
+        details(
+            "Machine of the measurement", table(("", ""), [(prose(k), code(v)) for k, v in latency.machine_rows(found)])
+        ),
+    ]
+
+
+def _structure(found: Measurement) -> str:
+    models, rows, operators = latency.structure_rows(found)
+    if not models or found.structure is None:
+        return ""
+    differ = [row for row in operators if len(set(row.cells)) > 1]
+    body = table(("", *(f">{m}" for m in models)), [(prose(row.name), *row.cells) for row in [*rows, *differ]])
+    same = len(operators) - len(differ)
+    body += f"\n\n{plural(same, 'further operator')} as often in each of them."
+    for title, names in (("Differs", found.structure.differences), ("Added by fusion", found.structure.added)):
+        if names:
+            body += f"\n\n{title}: {', '.join(map(code, names))}"
+    return details("What each model consists of", body)
 
 
 def _layer_details(certificate: Certificate) -> str:
