@@ -1,7 +1,7 @@
 """A pytest plugin: the fixture ``assert_equivalent``, for a project that trains adapters and wants its tests to say that they fold.
 
-    def test_the_adapter_folds(assert_equivalent):
-        assert_equivalent("ckpt.pt", base="timm:vit_base_patch16_224", to="onnx")
+def test_the_adapter_folds(assert_equivalent):
+    assert_equivalent("ckpt.pt", base="timm:vit_base_patch16_224", to="onnx")
 """
 
 from __future__ import annotations

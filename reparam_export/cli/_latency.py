@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from reparam_export.latency.rounds import Progress, Settings
     from reparam_export.latency.statistics import Ratio
 
-DEFAULTS: dict[str, Any] = {"batch": "1,4,16", "margin": "1%", "runners": (), "threads": 1, "rounds": None, "seed": 0}
+DEFAULTS: dict[str, Any] = {
+    "batch": "1,4,16",
+    "margin": "1%",
+    "runners": (),
+    "threads": 1,
+    "rounds": None,
+    "no_memory": False,
+    "seed": 0,
+}
 MEASURE = stack(
     click.option("--batch", metavar="LIST", default=DEFAULTS["batch"], help="Batch sizes, as in the papers.  [1,4,16]"),
     click.option(
@@ -30,6 +38,9 @@ MEASURE = stack(
     ),
     click.option("--threads", type=click.IntRange(1), default=1, help="Threads of a CPU runner, pinned.  [1]"),
     click.option("--rounds", type=click.IntRange(1), help="Stop after so many rounds, decided or not."),
+    click.option(
+        "--no-memory", is_flag=True, help="Do not look at the peak memory of every model: a few processes less."
+    ),
     click.option("--seed", default=0, help="Seed of the random orders.  [0]"),
 )
 
@@ -52,6 +63,7 @@ def settings_of(options: Mapping[str, Any]) -> tuple[dict[str, Any], Settings]:
         threads=options["threads"],
         seed=options["seed"],
         rounds=options["rounds"],
+        memory=not options["no_memory"],
     )
     return {"batches": [int(size) for size in sizes], "runners": options["runners"]}, settings
 

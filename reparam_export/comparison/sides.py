@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,15 +103,16 @@ def inputs_of(path: Path) -> list[tuple[str, tuple[int | str, ...], str]]:
 def _read(path: Path, file: Path | None) -> dict[str, Array]:
     import numpy as np
 
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"inputs {path}: expected a .npy or .npz file of arrays; found {error}") from error
     names = [name for name, _, _ in inputs_of(file)] if file else []
-    several = hasattr(loaded, "files")
-    if not several and len(names) != 1:
-        raise UsageError(f"inputs {path}: expected an .npz file with an array for every input; found one array")
-    arrays: dict[str, Array] = {n: loaded[n] for n in loaded.files} if several else {names[0]: loaded}
+    try:
+        with path.open("rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            several = hasattr(loaded, "files")
+            if not several and len(names) != 1:
+                raise UsageError(f"inputs {path}: expected an .npz file with an array for every input; found one array")
+            arrays: dict[str, Array] = {n: loaded[n] for n in loaded.files} if several else {names[0]: loaded}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"inputs {path}: expected a .npy or .npz file of arrays; found {error}") from error
     if file and set(arrays) != set(names):
         raise UsageError(f"inputs {path}: expected the arrays {', '.join(names)}; found {', '.join(arrays)}")
     return arrays

@@ -33,7 +33,7 @@ def _value(target: Any, value: Any, where: str) -> Any:
     if origin is dict:
         _checked(isinstance(value, dict), value, where, target)
         return {str(k): _value(arguments[1], item, f"{where}[{k}]") for k, item in value.items()}
-    if target is float and isinstance(value, str):  # NaN and infinity, which JSON cannot hold
+    if target is float and value in ("nan", "inf", "-inf"):  # which JSON cannot hold
         return float(value)
     kinds = (int, float) if target is float else target
     fits = isinstance(value, kinds) and (target is bool or not isinstance(value, bool))

@@ -21,7 +21,7 @@ def describe() -> dict[str, Any]:
         "usable CPUs": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()}",
-        "virtual machine": _flag("hypervisor"),
+        "virtual machine": {True: "yes", False: "no", None: None}[_flag("hypervisor")],
         "governor": _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "not shown by the system",
         "GPU": _gpu(),
         "versions": versions(),
@@ -29,12 +29,12 @@ def describe() -> dict[str, Any]:
 
 
 def state() -> dict[str, Any]:
-    """What does change: clocks in MHz, and processes that wanted to run during the last minute."""
+    """What does change: clocks, and how many processes wanted to run during the last minute."""
     import psutil
 
     clock = psutil.cpu_freq()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"clock": round(clock.current) if clock else None, "load": load, "GPU clocks": _gpu_clocks()}
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    return {"clock in MHz": round(clock.current) if clock else None, "load": load, "GPU clocks": _gpu_clocks()}
 
 
 def available_memory() -> int:

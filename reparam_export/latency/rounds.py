@@ -39,6 +39,7 @@ class Settings:
     seed: int = 0
     cycles: int | None = None
     rounds: int | None = None  # stop after so many, decided or not
+    memory: bool = True  # also start a process for every model alone, to see what it takes
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,13 @@ class Worker:
                 pass  # it has died: the answer, which does not come, says how
 
 
-def peak_memory(job: Job, batches: Sequence[int]) -> dict[int, dict[str, int]]:
-    """The peak of a fresh process that holds one model alone, by batch and model, in bytes; empty where no system says so."""
+def peak_memory(job: Job, contest: Contest, batches: Sequence[int]) -> dict[int, dict[str, int]]:
+    """The peak of a fresh process that holds one model alone, by batch and model, in bytes; empty where no system says so.
+
+    The control is the base, and takes what the base takes.
+    """
     found: dict[int, dict[str, int]] = {batch: {} for batch in batches}
-    for model in job.files or job.modules:
+    for model in (m for m in contest.models if m != contest.control):
         files = {model: job.files[model]} if job.files else {}
         modules = {model: job.modules[model]} if job.modules else {}
         alone = replace(job, files=files, modules=modules)
@@ -173,7 +177,7 @@ def take(
     """
     ends = time.monotonic() + settings.max_time
     title = runner(job.runner).TITLE
-    memory = peak_memory(job, batches)
+    memory = peak_memory(job, contest, batches) if settings.memory else {}
     chance = random.Random(settings.seed)
     with _asking(job, chance) as ask:
         every = [Series(batch, plan) for batch, plan in _plans(ask, contest, batches, settings).items()]
@@ -198,7 +202,9 @@ def _cases(
     job: Job, contest: Contest, every: Sequence[Series], settings: Settings, memory: Mapping[int, Mapping[str, int]]
 ) -> list[Case]:
     named = job.runner, runner(job.runner).TITLE
-    return [case_of(contest, named, s.batch, s.raw, settings.margin, memory[s.batch]) for s in every if s.rounds]
+    return [
+        case_of(contest, named, s.batch, s.raw, settings.margin, memory.get(s.batch, {})) for s in every if s.rounds
+    ]
 
 
 @contextmanager

@@ -159,15 +159,16 @@ def spread(values: Array) -> float:
 def rounds_needed(middle: float, deviation: float, bound: float, done: int) -> int:
     """The first look after ``done`` rounds that decides with probability POWER, if middle and deviation are the true ones.
 
-    A middle that is closer to the margin than its own error is taken to be that error away. At most FARTHEST.
+    Both of the one-sided tests may fail, each with half of 1 - POWER. A middle that is closer to the margin than its own error
+    is taken to be that error away. At most FARTHEST.
     """
     from scipy.stats import norm
 
     unit = deviation * math.sqrt(EFFICIENCY) if done > 1 else 0.0  # of one round: nothing is known of how rounds vary
-    distance = max(abs(bound - abs(middle)), unit / math.sqrt(max(done, 1)))
+    distance = max(abs(bound - abs(middle)), min(bound, unit / math.sqrt(max(done, 1))))
     due = ((rounds, level) for rounds, level in _looks_until(FARTHEST) if rounds > done)
     for rounds, level in due:
-        if (norm.isf(level) + norm.ppf(POWER)) * unit / math.sqrt(rounds) <= distance:
+        if (norm.isf(level) + norm.ppf((1 + POWER) / 2)) * unit / math.sqrt(rounds) <= distance:
             return rounds
     return FARTHEST
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from reparam_export.latency.measurement import Case, Measurement, Size
 from reparam_export.latency.statistics import Ratio
 from reparam_export.report.evidence import Evidence, Measured
-from reparam_export.report.numbers import count, plural, quantity, size
+from reparam_export.report.numbers import count, plural, size
 
 TONES = {"no added cost": "exact", "added cost": "wrong", "undecided": "unproven", "withheld": "unproven"}
 PLACES = {"within": "within the margin", "above": "above it", "below": "below it", "open": "not decided"}
@@ -16,10 +16,11 @@ PLACES = {"within": "within the margin", "above": "above it", "below": "below it
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: its name, and a cell a column."""
+    """One line of a table: its name, and a cell a column; ``group`` is what several rows have in common."""
 
     name: str
     cells: tuple[str, ...]
+    group: str = ""
 
 
 def sentence(measured: Measured) -> str:
@@ -67,32 +68,31 @@ def telling(found: Measurement) -> Case:
 
 
 def throughputs(found: Measurement) -> tuple[tuple[str, ...], list[Row]]:
-    """The table of the papers: samples a second by model, and how much less than the base's."""
-    models = shown_models(found)
-    rows = []
+    """The table of the papers: samples a second. The base's at its median run time, the others' by their ratio to it.
+
+    Medians of all runs would compare quiet minutes of one model with busy ones of another; ratios are of neighbours.
+    """
+    models, rows = shown_models(found), []
     for case in found.cases:
-        by_model = {times.model: times.throughput for times in case.times}
-        cells = tuple(
-            rate(by_model[m]) + (f" ({percent(by_model[m] / by_model[models[0]] - 1)})" if m != models[0] else "")
-            for m in models
-        )
-        rows.append(Row(name_of(case), cells))
+        base = next(times.throughput for times in case.times if times.model == found.contest.base)
+        factors = [1 / case.ratio(model).ratio for model in models[1:]]
+        rows.append(Row(name_of(case), (rate(base), *(f"{rate(base * f)} ({percent(f - 1)})" for f in factors))))
     return models, rows
 
 
 def ratio_rows(found: Measurement) -> list[Row]:
-    """Every ratio to the base with its interval: runner and batch; over, ratio, interval, rounds, spread of a round, where."""
+    """Every ratio to the base: factor, interval, rounds, spread of a round, where the test found it; grouped by case."""
     return [
         Row(
-            name_of(case),
+            f"{ratio.over} / {ratio.under}",
             (
-                f"{ratio.over} / {ratio.under}",
                 f"{ratio.ratio:.4f}",
                 f"{ratio.low:.4f} to {ratio.high:.4f}",
                 count(ratio.rounds),
                 f"{100 * ratio.spread:.1f} %",
                 PLACES[ratio.look.position],
             ),
+            name_of(case),
         )
         for case in found.cases
         for ratio in case.ratios
@@ -100,12 +100,9 @@ def ratio_rows(found: Measurement) -> list[Row]:
 
 
 def times_rows(found: Measurement) -> list[Row]:
-    """Every model's run times: runner and batch; model, p50, p90, p99, runs, memory."""
+    """Every model's run times: p50, p90, p99, runs, memory; grouped by case."""
     return [
-        Row(
-            name_of(case),
-            (t.model, *(milliseconds(v) for v in (t.p50, t.p90, t.p99)), count(t.runs), size(t.memory)),
-        )
+        Row(t.model, (*map(milliseconds, (t.p50, t.p90, t.p99)), count(t.runs), size(t.memory)), name_of(case))
         for case in found.cases
         for t in case.times
     ]
@@ -121,7 +118,7 @@ def structure_rows(found: Measurement) -> tuple[tuple[str, ...], list[Row], list
         _sized("Initializers", sizes, lambda s: count(s.initializers)),
         _sized("Parameters", sizes, lambda s: count(s.parameters)),
         _sized("Bytes of parameters and buffers", sizes, lambda s: size(s.stored_bytes)),
-        _sized("Multiply-adds, batch 1", sizes, lambda s: quantity(s.multiply_adds)),
+        _sized("Multiply-adds, batch 1", sizes, lambda s: count(s.multiply_adds)),
         _sized("Size of the file", sizes, lambda s: size(s.file_bytes)),
     ]
     known = {e["model"]: e for e in engines}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BINS = 40
+BETWEEN = 0.72  # inches between two rows of small plots
 SHOWN = (0.5, 95.0)  # percentiles of all runs between which times are drawn; what is beyond stands in the table
 TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
@@ -33,9 +34,9 @@ def times_plot(found: Measurement, *, narrow: bool) -> str:
         warnings.simplefilter("ignore")
         figure = Figure(figsize=(3.9 if narrow else 9.6, rows * each + 0.1))
         grid = figure.subplots(rows, columns, squeeze=False)
-        margins(figure, left=0.75, right=0.12, top=0.3, bottom=0.35, between=0.72)
-        if columns > 1:
-            figure.subplots_adjust(wspace=0.36)
+        margins(figure, left=0.75, right=0.12, top=0.3, bottom=0.35)
+        height = (rows * each - 0.55 - BETWEEN * (rows - 1)) / rows
+        figure.subplots_adjust(hspace=BETWEEN / height, wspace=0.36)
         flat = [axes for line in grid for axes in line]
         for axes, case in zip(flat, found.cases, strict=False):
             _draw_times(axes, case, models, found.contest.subject)

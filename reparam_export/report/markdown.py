@@ -123,7 +123,7 @@ def _latency(measured: Measured) -> list[str]:
     head = f"#### {MARKS['unproven'] if measured.stale else mark} {prose(latency.sentence(measured))}"
     models, rows = latency.throughputs(found)
     rates = [(prose(row.name), *row.cells, prose(case.said)) for row, case in zip(rows, found.cases, strict=True)]
-    ratios = [(prose(row.name), *map(prose, row.cells)) for row in latency.ratio_rows(found)]
+    ratios = [(prose(row.group), prose(row.name), *map(prose, row.cells)) for row in latency.ratio_rows(found)]
     notes = [f"Not run: {title}: {why}" for title, why in found.skipped.items()] + list(found.notes)
     return [
         head,
