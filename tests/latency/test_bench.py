@@ -410,3 +410,31 @@ def test_nothing_that_can_be_timed_is_an_error(
     monkeypatch.setattr(answering, "ask", fail)
     with pytest.raises(ExportError, match="no kernel for bfloat16"):
         bench(exported, settings=FEW)
+
+
+def test_engines_of_base_unfused_and_fused_stand_side_by_side(tmp_path: Path, synthetic: Install) -> None:
+    synthetic()
+    case = CASES["hydra_vtab"]
+    checkpoint = case.read()
+    model = rx.verify(checkpoint, rx.fuse(checkpoint), case.inputs())
+    rx.export(model, "trt", tmp_path, batch=(1, 2, 4), gpus=("sm89",))
+    found = bench(tmp_path, batches=(1,), runners=("onnxruntime_cpu",), settings=Settings(rounds=1))
+    assert found.structure is not None
+    base, adapted, fused = found.structure.engines
+    assert [e["model"] for e in found.structure.engines] == ["base", "adapted", "fused"]
+    assert base["layers"] == fused["layers"]
+    assert adapted["layers"]["MATRIX_MULTIPLY"] == base["layers"]["MATRIX_MULTIPLY"] + 24
+    assert fused["plan_bytes"] == (tmp_path / "model.engine").stat().st_size
+    assert abs(base["plan_bytes"] / fused["plan_bytes"] - 1) < 0.01
+    assert adapted["plan_bytes"] > base["plan_bytes"] + 4 * 6 * 4 * 96
+    assert "cannot be opened without a GPU" in base["source"]
+    assert found.skipped == {}
+
+
+def test_a_precision_that_a_runner_lacks_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    folder = proven(tmp_path)
+    found = bench(
+        folder, batches=(1,), precision="bf16", settings=Settings(rounds=1, cycles=1, max_time=300, memory=False)
+    )
+    assert "onnxruntime, CPU" in found.skipped or any(c.runner == "onnxruntime_cpu" for c in found.cases)
+    assert {"torch_eager", "torch_compile"} <= {c.runner for c in found.cases}
