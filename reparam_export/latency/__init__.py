@@ -72,7 +72,7 @@ def _engines(place: Path, who: Lineup, model: VerifiedModel, scratch: Path) -> t
     from reparam_export.latency.engines import built
 
     try:
-        return built(place, who, model.signature, scratch), ()
+        return built(place, who, model, scratch), ()
     except MissingBackendError as error:
         return None, (f"the engine is not compared with the base's: {error}",)
 

@@ -61,22 +61,25 @@ def lineup(folder: Path, model: VerifiedModel, precision: str | None, scratch: P
 
     Raises CheckpointError when the artefact is not the file that was exported from these weights.
     """
-    artifact = exported(folder, model.certificate.weights_sha256)
+    artifact = exported(folder, model.certificate.weights_sha256, "onnx")
     chosen = precision or (artifact["precision"] if artifact else "fp32")
     shipped = folder / artifact["path"] if artifact and artifact["precision"] == chosen else None
     opset = artifact["details"].get("opset", {}).get("ai.onnx") if artifact else None
     options = Options(precision=chosen, opset=opset)
-    notes = _remade(model)
+    notes = _notes(model, chosen)
     files: dict[str, Path] = {}
     sizes = []
     for which in ("base", "adapted", "fused"):
         try:
             module = module_of(model.checkpoint, model.weights, which)
-        except FusionError as error:
-            notes.append(f"{which} is not timed: {error}")
+            stored = parameters(module), stored_bytes(module)  # before it is made fp32 to be written
+            given = which == "fused" and shipped
+            files[which] = given or _written(module, model, scratch / which, options)
+        except (FusionError, ExportError) as error:
+            if which != "adapted":
+                raise
+            notes.append(f"the unfused model is not timed: {error}")
             continue
-        stored = parameters(module), stored_bytes(module)  # before it is made fp32 to be written
-        files[which] = shipped if which == "fused" and shipped else _written(module, model, scratch / which, options)
         sizes.append(Size(which, *file_facts(files[which]), *stored, _multiply_adds(module, model)))
     structure = Structure(
         tuple(sizes), tuple(differences(files["base"], files["fused"])[:SHOWN]), tuple(model.weights.created)
@@ -87,7 +90,7 @@ def lineup(folder: Path, model: VerifiedModel, precision: str | None, scratch: P
     return Lineup(
         contest,
         {which: files[of[which]] for which in contest.models},
-        {which: (str(folder), of[which]) for which in contest.models},
+        {which: (str(folder.resolve()), of[which]) for which in contest.models},
         chosen,
         structure,
         tuple(notes),
@@ -95,15 +98,15 @@ def lineup(folder: Path, model: VerifiedModel, precision: str | None, scratch: P
     )
 
 
-def exported(folder: Path, weights_sha256: str) -> dict[str, Any] | None:
-    """The entry of the ONNX artefact in ``artifact.json``, None when there is none of these weights.
+def exported(folder: Path, weights_sha256: str, target: str) -> dict[str, Any] | None:
+    """The entry of that target in ``artifact.json``, None when there is none of these weights.
 
     Raises CheckpointError when the file is no longer the one that was exported.
     """
     path = folder / ARTIFACTS
     entries = read_json(path).get("artifacts", []) if path.is_file() else []
     for entry in entries:
-        if entry.get("target") == "onnx" and not entry.get("failure") and entry.get("weights_sha256") == weights_sha256:
+        if entry.get("target") == target and not entry.get("failure") and entry.get("weights_sha256") == weights_sha256:
             file = folder / entry["path"]
             if not file.is_file() or sha256(file) != entry["sha256"]:
                 raise CheckpointError(f"{file}: missing or changed since it was exported; run export again")
@@ -151,15 +154,22 @@ def file_facts(file: Path) -> tuple[int, dict[str, int], int, int]:
     return len(graph.node), dict(sorted(operators.items())), len(graph.initializer), size
 
 
-def _remade(model: VerifiedModel) -> list[str]:
+def _notes(model: VerifiedModel, precision: str) -> list[str]:
+    """What a reader must know to read the numbers right."""
+    import torch
+
     from reparam_export.adapters import kind
 
-    kinds = {a.kind for a in model.checkpoint.adapters if recomputes(kind(a.kind))}
-    return [
+    notes = [
         f"unfused, {name} makes its whole weight anew at every call, as its authors' code does; in an ONNX file that is "
         "arithmetic on constants, which onnxruntime folds while it loads the file"
-        for name in sorted(kinds)
+        for name in sorted({a.kind for a in model.checkpoint.adapters if recomputes(kind(a.kind))})
     ]
+    if precision != "fp32" and not torch.cuda.is_available():
+        notes.append(
+            f"a CPU has little {precision} arithmetic: these times are of its emulation and say nothing of a GPU"
+        )
+    return notes
 
 
 def saved_inputs(model: VerifiedModel, largest: int, path: Path) -> Path:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.exporters import tensorrt
-from reparam_export.files import read_json
-from reparam_export.folder import ARTIFACTS
+from reparam_export.latency.contenders import Lineup, exported
 
 if TYPE_CHECKING:
-    from reparam_export.latency.contenders import Lineup
     from reparam_export.models import Signature
+    from reparam_export.verification import VerifiedModel
 
 
 @dataclass(frozen=True)
@@ -30,38 +29,30 @@ class Engines:
     builder: str | None
 
 
-def built(folder: Path, lineup: Lineup, signature: Signature, scratch: Path) -> Engines | None:
+def built(folder: Path, lineup: Lineup, model: VerifiedModel, scratch: Path) -> Engines | None:
     """Engines like the folder's own, which is the fused one, of the other models; None when the folder has none.
 
     The control is a second build of the base where it can be run: a builder chooses kernels anew each time.
-    Raises MissingBackendError, ExportError.
+    Raises MissingBackendError, ExportError, and CheckpointError when the folder's engine has changed.
     """
-    entry = _entry(folder)
+    entry = exported(folder, model.certificate.weights_sha256, "trt")
     if entry is None:
         return None
     details = entry["details"]
     paths, facts = {}, []
-    for model, file in lineup.files.items():
+    for name, file in lineup.files.items():
         log, made = scratch / "engine.log", details
-        if model == lineup.contest.control and details["ahead_of_time"]:
+        if name == lineup.contest.control and details["ahead_of_time"]:
             continue
-        paths[model] = folder / entry["path"]
-        if model != lineup.contest.subject:
-            paths[model] = scratch / f"{model.replace(' ', '-')}.engine"
+        paths[name] = folder / entry["path"]
+        if name != lineup.contest.subject:
+            paths[name] = scratch / f"{name.replace(' ', '-')}.engine"
             made = tensorrt.write(
-                file, paths[model], log=log, precision=lineup.precision, **_options(details, signature)
+                file, paths[name], log=log, precision=lineup.precision, **_options(details, model.signature)
             )
-        layers, source = _layers(paths[model], file, log, made)
-        facts.append({"model": model, "layers": layers, "plan_bytes": made["size"], "source": source})
+        layers, source = _layers(paths[name], file, log, made)
+        facts.append({"model": name, "layers": layers, "plan_bytes": made["size"], "source": source})
     return Engines(paths if not details["ahead_of_time"] else {}, tuple(facts), details["builder"])
-
-
-def _entry(folder: Path) -> dict[str, Any] | None:
-    """The folder's engine in ``artifact.json``."""
-    path = folder / ARTIFACTS
-    entries = read_json(path).get("artifacts", []) if path.is_file() else []
-    found: dict[str, Any] | None = next((e for e in entries if e.get("target") == "trt" and not e.get("failure")), None)
-    return found
 
 
 def _options(details: Mapping[str, Any], signature: Signature) -> dict[str, Any]:

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from reparam_export.errors import ExportError
+from reparam_export.latency.machine import available_memory
 from reparam_export.latency.measurement import Case, Contest, case_of
 from reparam_export.latency.runners import Job, runner
 from reparam_export.latency.statistics import decided, is_look, log_ratios
@@ -27,6 +28,7 @@ ROUND_NS = 500_000_000  # what all cycles of one model should take together in a
 LONG_NS = 2_000_000_000  # a run that is longer is its own average: one cycle is enough
 WARM_NS = 100_000_000  # after one run that is longer nothing is left to warm up
 Progress = Callable[[str, int, float], None]  # (runner, rounds, seconds until the time is up)
+Raw = dict[str, list[list[int]]]  # nanoseconds by model, round and cycle
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,13 @@ class Models:
 
     def lack(self, name: str) -> str:
         """Why this runner has nothing to run, "" when it has."""
-        held = {"onnx": self.files, "torch": self.modules, "engine": self.engines}[runner(name).TAKES]
-        needs = {"onnx": "ONNX files", "torch": "output folders, to build modules from", "engine": "engines"}
-        return "" if held else f"it needs {needs[runner(name).TAKES]}"
+        takes = runner(name).TAKES
+        if not {"onnx": self.files, "torch": self.modules, "engine": self.engines}[takes]:
+            needs = {"onnx": "ONNX files", "torch": "output folders, to build modules from", "engine": "engines"}
+            return f"it needs {needs[takes]}"
+        size = sum(f.stat().st_size for path in self.files.values() for f in path.parent.glob(f"{path.name}*"))
+        free = available_memory()
+        return f"all models together take {size:,} bytes, {free:,} are free" if size > free else ""
 
     def job(self, name: str, threads: int) -> Job:
         """What a timing process of that runner is told."""
@@ -67,23 +73,6 @@ class Models:
         modules = self.modules if takes == "torch" else {}
         paths = {model: str(path.resolve()) for model, path in files.items()}
         return Job(name, str(self.inputs.resolve()), paths, modules, self.dtype, threads, self.builder)
-
-
-@dataclass
-class Series:
-    """One batch size as it grows. ``raw``: times by model, round and cycle."""
-
-    batch: int
-    plan: tuple[int, int]  # cycles, warm-ups
-    raw: dict[str, list[list[int]]] = field(default_factory=dict)
-
-    @property
-    def rounds(self) -> int:
-        return len(next(iter(self.raw.values()), ()))
-
-    def add(self, times: Mapping[str, list[int]]) -> None:
-        for model, runs in times.items():
-            self.raw.setdefault(model, []).append(runs)
 
 
 class WorkerError(ExportError):
@@ -99,10 +88,10 @@ class StoppedError(Exception):
 
 
 class Worker:
-    """One timing process, pinned to its CPUs, as a context manager. ``ask`` raises WorkerError when it fails or dies."""
+    """One timing process, as a context manager. ``ask`` raises WorkerError when it fails or dies."""
 
-    def __init__(self, job: Job, cpus: Sequence[int]) -> None:
-        self._first = {"job": asdict(job), "cpus": list(cpus)}
+    def __init__(self, job: Job) -> None:
+        self._first = {"job": asdict(job)}
         counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(job.threads))
         self._environment = {**os.environ, **counts, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
@@ -143,12 +132,10 @@ class Worker:
         return answer
 
     def _send(self, request: Mapping[str, Any]) -> None:
-        if self._process.stdin:
-            try:
+        with suppress(BrokenPipeError):  # it has died: the answer, which does not come, says how
+            if self._process.stdin:
                 self._process.stdin.write(json.dumps(request) + "\n")
                 self._process.stdin.flush()
-            except BrokenPipeError:
-                pass  # it has died: the answer, which does not come, says how
 
 
 def peak_memory(job: Job, contest: Contest, batches: Sequence[int]) -> dict[int, dict[str, int]]:
@@ -161,7 +148,7 @@ def peak_memory(job: Job, contest: Contest, batches: Sequence[int]) -> dict[int,
         files = {model: job.files[model]} if job.files else {}
         modules = {model: job.modules[model]} if job.modules else {}
         alone = replace(job, files=files, modules=modules)
-        with Worker(alone, cpus(job.threads, random.Random(0))) as worker:
+        with Worker(alone) as worker:
             answer = worker.ask(memory={"model": model, "batches": list(batches)})
         for batch, size in answer["memory"].items():
             found[int(batch)][model] = size
@@ -175,48 +162,54 @@ def take(
 
     There is one round at least, however little time there is. Ctrl-C raises StoppedError with what was measured.
     """
-    ends = time.monotonic() + settings.max_time
-    title = runner(job.runner).TITLE
+    ends, chance = time.monotonic() + settings.max_time, random.Random(settings.seed)
     memory = peak_memory(job, contest, batches) if settings.memory else {}
-    chance = random.Random(settings.seed)
-    with _asking(job, chance) as ask:
-        every = [Series(batch, plan) for batch, plan in _plans(ask, contest, batches, settings).items()]
-        undecided, lasted = every, 0.0
+    raw: dict[int, Raw] = {batch: {} for batch in batches}
+    done, lasted = 0, 0.0
+    with _asking(job) as ask:
+        plans = _plans(ask, contest, batches, settings)
         try:
-            while undecided and (not every[0].rounds or time.monotonic() + lasted < ends):
+            while plans and (not done or time.monotonic() + lasted < ends):
                 started = time.monotonic()
-                plans = {series.batch: series.plan for series in undecided}
-                times = ask(round={"seed": chance.getrandbits(32), "batches": plans})["times"]
-                for series in undecided:
-                    series.add(times[str(series.batch)])
-                undecided = [s for s in undecided if not _finished(s, contest, settings)]
+                place = {"seed": chance.getrandbits(32), "cpus": cpus(job.threads, chance)}
+                times, done = ask(round={**place, "batches": plans})["times"], done + 1
+                for batch in plans:
+                    for model, runs in times[str(batch)].items():
+                        raw[batch].setdefault(model, []).append(runs)
+                plans = {batch: plan for batch, plan in plans.items() if not _finished(raw[batch], contest, settings)}
                 lasted = time.monotonic() - started
                 if progress is not None:
-                    progress(title, max(s.rounds for s in every), ends - time.monotonic())
+                    progress(runner(job.runner).TITLE, done, ends - time.monotonic())
         except KeyboardInterrupt as stop:
-            raise StoppedError(_cases(job, contest, every, settings, memory)) from stop
-    return _cases(job, contest, every, settings, memory)
+            raise StoppedError(_cases(job, contest, raw, settings, memory)) from stop
+    return _cases(job, contest, raw, settings, memory)
 
 
 def _cases(
-    job: Job, contest: Contest, every: Sequence[Series], settings: Settings, memory: Mapping[int, Mapping[str, int]]
+    job: Job,
+    contest: Contest,
+    raw: Mapping[int, Raw],
+    settings: Settings,
+    memory: Mapping[int, Mapping[str, int]],
 ) -> list[Case]:
     named = job.runner, runner(job.runner).TITLE
     return [
-        case_of(contest, named, s.batch, s.raw, settings.margin, memory.get(s.batch, {})) for s in every if s.rounds
+        case_of(contest, named, batch, times, settings.margin, memory.get(batch, {}))
+        for batch, times in raw.items()
+        if times
     ]
 
 
 @contextmanager
-def _asking(job: Job, chance: random.Random) -> Iterator[Callable[..., dict[str, Any]]]:
+def _asking(job: Job) -> Iterator[Callable[..., dict[str, Any]]]:
     """Ask a new process every time, or one and the same, as the runner needs it."""
     if not runner(job.runner).FRESH:
-        with Worker(job, cpus(job.threads, chance)) as worker:
+        with Worker(job) as worker:
             yield worker.ask
         return
 
     def ask(**request: Any) -> dict[str, Any]:
-        with Worker(job, cpus(job.threads, chance)) as worker:
+        with Worker(job) as worker:
             return worker.ask(**request)
 
     yield ask
@@ -226,7 +219,8 @@ def _plans(
     ask: Callable[..., dict[str, Any]], contest: Contest, batches: Sequence[int], settings: Settings
 ) -> dict[int, tuple[int, int]]:
     """Cycles and warm-ups of a round at every batch size, from one run of each, which counts for nothing else."""
-    times = ask(round={"seed": settings.seed, "batches": dict.fromkeys(batches, (1, 1))})["times"]
+    place = {"seed": settings.seed, "cpus": cpus(settings.threads, random.Random(settings.seed))}
+    times = ask(round={**place, "batches": dict.fromkeys(batches, (1, 1))})["times"]
     plans = {}
     for batch in batches:
         one = times[str(batch)][contest.base][0]
@@ -235,14 +229,14 @@ def _plans(
     return plans
 
 
-def _finished(series: Series, contest: Contest, settings: Settings) -> bool:
-    """Is its last round reached, or are subject and control decided?"""
-    if settings.rounds is not None and series.rounds >= settings.rounds:
+def _finished(raw: Raw, contest: Contest, settings: Settings) -> bool:
+    """Is the last round reached, or are subject and control decided?"""
+    base = raw[contest.base]
+    if settings.rounds is not None and len(base) >= settings.rounds:
         return True
-    if not is_look(series.rounds):
+    if not is_look(len(base)):
         return False
-    base = series.raw[contest.base]
-    looks = [decided(log_ratios(series.raw[m], base), settings.margin) for m in (contest.subject, contest.control)]
+    looks = [decided(log_ratios(raw[m], base), settings.margin) for m in (contest.subject, contest.control)]
     return all(look.position != "open" for look in looks)
 
 

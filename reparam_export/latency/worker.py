@@ -1,8 +1,8 @@
 """The process that takes time: ``python -m reparam_export.latency.worker``, one JSON request a line in, one answer a line out.
 
-    {"job": {...}, "cpus": [0]}                                         first
-    {"round": {"seed": 1, "batches": {"1": [cycles, warm-ups]}}}        -> {"times": {"1": {"base": [ns, ...], ...}}}
-    {"memory": {"model": "base", "batches": [1, 4]}}                    -> {"memory": {"1": bytes, ...}}
+    {"job": {...}}                                                              first
+    {"round": {"seed": 1, "cpus": [0], "batches": {"1": [cycles, warm-ups]}}}   -> {"times": {"1": {"base": [ns, ...], ...}}}
+    {"memory": {"model": "base", "batches": [1, 4]}}                            -> {"memory": {"1": bytes, ...}}
 
 Anything that goes wrong is answered with {"error": text}. It imports what its runner needs and no more.
 """
@@ -38,10 +38,7 @@ def main() -> None:
 
 
 def _serve(requests: IO[str], out: IO[str]) -> None:
-    first = json.loads(requests.readline())
-    if first["cpus"] and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, first["cpus"])
-    job = Job(**first["job"])
+    job = Job(**json.loads(requests.readline())["job"])
     place = runner(job.runner).load(job)
     rows = _read(job.inputs)
     for line in requests:
@@ -55,9 +52,10 @@ def _serve(requests: IO[str], out: IO[str]) -> None:
 
 
 def take_times(
-    place: Place, models: list[str], rows: Inputs, seed: int, batches: Mapping[str, tuple[int, int]]
+    place: Place, models: list[str], rows: Inputs, *, seed: int, cpus: list[int], batches: Mapping[str, tuple[int, int]]
 ) -> dict[str, dict[str, list[int]]]:
     """One round: every model placed in a random order; at each batch warm-ups, then cycles of all models in a random order."""
+    _pin(cpus)
     chance = random.Random(seed)
     chance.shuffle(models)
     placed = {model: place(model) for model in models}
@@ -110,6 +108,13 @@ def _read(path: str) -> dict[str, Any]:
 
     with np.load(path, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
+
+
+def _pin(cpus: list[int]) -> None:
+    """All threads of this process, those that libraries have started as well."""
+    if cpus:
+        for thread in Path("/proc/self/task").iterdir():
+            os.sched_setaffinity(int(thread.name), cpus)
 
 
 def _forget_peak() -> None:

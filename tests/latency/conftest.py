@@ -46,7 +46,7 @@ class Synthetic:
     asked: list[dict[str, Any]]
     chance: np.random.Generator
 
-    def __init__(self, job: Any, cpus: Any) -> None:
+    def __init__(self, job: Any) -> None:
         self.models = list(job.files or job.modules)
 
     def __enter__(self) -> Synthetic:

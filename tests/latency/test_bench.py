@@ -311,9 +311,9 @@ def job(folder: Path, name: str = "onnxruntime_cpu", file: str = "model.onnx") -
 
 
 def test_the_timing_process_is_pinned_and_single_threaded(exported: Path) -> None:
-    with Worker(job(exported), [0]) as worker:
+    with Worker(job(exported)) as worker:
         pid = worker._process.pid
-        worker.ask(round={"seed": 0, "batches": {1: (1, 1)}})
+        worker.ask(round={"seed": 0, "cpus": [0], "batches": {1: (1, 1)}})
         assert os.sched_getaffinity(pid) == {0}
         threads = {os.sched_getaffinity(int(t.name)) == {0} for t in Path(f"/proc/{pid}/task").iterdir()}
         assert threads == {True}
@@ -330,20 +330,20 @@ def test_memory_is_that_of_one_model_in_a_process_of_its_own(exported: Path, nam
 
 def test_a_file_that_cannot_be_loaded_is_a_reason_not_a_crash(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"not onnx")
-    with Worker(job(tmp_path), [0]) as worker, pytest.raises(WorkerError, match=r"\w"):
-        worker.ask(round={"seed": 0, "batches": {1: (1, 1)}})
+    with Worker(job(tmp_path)) as worker, pytest.raises(WorkerError, match=r"\w"):
+        worker.ask(round={"seed": 0, "cpus": [0], "batches": {1: (1, 1)}})
 
 
 def test_a_timing_process_that_is_killed_is_an_error_with_its_signal(exported: Path) -> None:
-    with Worker(job(exported), [0]) as worker:
+    with Worker(job(exported)) as worker:
         os.kill(worker._process.pid, signal.SIGKILL)
         worker._process.wait()
         with pytest.raises(WorkerError, match="code -9, killed: out of memory"):
-            worker.ask(round={"seed": 0, "batches": {1: (1, 1)}})
+            worker.ask(round={"seed": 0, "cpus": [0], "batches": {1: (1, 1)}})
 
 
 def test_no_timing_process_is_left_behind(exported: Path) -> None:
-    with Worker(job(exported), [0]) as worker:
+    with Worker(job(exported)) as worker:
         process = worker._process
     assert process.poll() is not None
 
