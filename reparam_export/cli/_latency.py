@@ -18,20 +18,9 @@ if TYPE_CHECKING:
     from reparam_export.latency.rounds import Progress, Settings
     from reparam_export.latency.statistics import Ratio
 
-DEFAULTS: dict[str, Any] = {
-    "batch": "1,4,16",
-    "margin": "1%",
-    "runners": (),
-    "threads": 1,
-    "rounds": None,
-    "no_memory": False,
-    "seed": 0,
-}
 MEASURE = stack(
-    click.option("--batch", metavar="LIST", default=DEFAULTS["batch"], help="Batch sizes, as in the papers.  [1,4,16]"),
-    click.option(
-        "--margin", metavar="PERCENT", default=DEFAULTS["margin"], help="Up to here a difference is none.  [1%]"
-    ),
+    click.option("--batch", metavar="LIST", default="1,4,16", help="Batch sizes, as in the papers.  [1,4,16]"),
+    click.option("--margin", metavar="PERCENT", default="1%", help="Up to here a difference is none.  [1%]"),
     click.option("--max-time", metavar="TIME", default="15m", help="Of all runners: 90s, 15m, 2h.  [15m]"),
     click.option(
         "--runner", "runners", metavar="NAME", multiple=True, help="Repeatable; default: all that can run here."
@@ -59,7 +48,7 @@ def settings_of(options: Mapping[str, Any]) -> tuple[dict[str, Any], Settings]:
         raise UsageError(f"--batch {options['batch']!r}: expected batch sizes, such as 1,4,16")
     settings = Settings(
         margin=_margin(options["margin"]),
-        max_time=_seconds(options["max_time"]),
+        max_time=seconds(options["max_time"]),
         threads=options["threads"],
         seed=options["seed"],
         rounds=options["rounds"],
@@ -68,11 +57,10 @@ def settings_of(options: Mapping[str, Any]) -> tuple[dict[str, Any], Settings]:
     return {"batches": [int(size) for size in sizes], "runners": options["runners"]}, settings
 
 
-def bench_stage(console: Console, folder: Path, precision: str | None, options: Mapping[str, Any]) -> Measurement:
-    """Measure, write ``latency.json`` and show what was found."""
+def bench_stage(console: Console, folder: Path, precision: str | None, settings: Settings, **given: Any) -> Measurement:
+    """Measure, write ``latency.json`` and show what was found. given: batches and runners of ``bench``."""
     from reparam_export import bench
 
-    given, settings = settings_of({**DEFAULTS, **options})
     with console.stage("bench") as advance:
         progress = watched(advance, settings)
         found = bench(folder, precision=precision, settings=settings, progress=progress, **given)
@@ -136,7 +124,8 @@ def _margin(text: str) -> float:
     return float(found[1]) / 100
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """``90s``, ``15m`` or ``2h``. Raises UsageError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
     if found is None:
         raise UsageError(f"--max-time {text!r}: expected seconds, minutes or hours, such as 90s, 15m or 2h")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from reparam_export.cli._latency import MEASURE, bench_stage, gate
+from reparam_export.cli._latency import MEASURE, bench_stage, gate, settings_of
 from reparam_export.cli._options import FOLDER, JSON
 from reparam_export.cli._stages import console_of
 
@@ -27,6 +27,7 @@ def command(folder: Path, precision: str | None, as_json: bool, **options: Any) 
     from dataclasses import asdict
 
     console = console_of(as_json)
-    found = bench_stage(console, folder, precision, options)
+    given, settings = settings_of(options)
+    found = bench_stage(console, folder, precision, settings, **given)
     console.result({"folder": str(folder), **asdict(found)})
     gate(found)

@@ -40,7 +40,7 @@ class Times:
     p90: float
     p99: float
     throughput: float
-    memory: int | None = None  # bytes that it and its activations took at their peak, in a fresh process
+    memory: int | None = None  # bytes of a fresh process with this model alone, at its peak; on a GPU, of the GPU
 
 
 @dataclass(frozen=True)

@@ -81,16 +81,19 @@ def take_times(
 def take_memory(place: Place, rows: Inputs, model: str, batches: list[int]) -> dict[str, int]:
     """The most bytes of this process in memory at each batch size, from the smallest on; nothing where Linux does not say.
 
-    Asked of a fresh process that holds this one model: what was needed to load it no longer counts, placing it does.
+    Asked of a fresh process that holds this one model: what was needed to load it no longer counts, placing it does. For a
+    runner that brought torch to a GPU: what of the GPU's memory is used by then, and was not before.
     """
     _forget_peak()
+    before = _on_gpu()
     prepare = place(model)
     found: dict[str, int] = {}
     for batch in sorted(batches):
         run = prepare(repeated(rows, batch))
         for _ in range(2):
             run()
-        peak = _peak()
+        used = _on_gpu()
+        peak = _peak() if before is None or used is None else used - before
         if peak is not None:
             found[str(batch)] = peak
     return found
@@ -115,6 +118,15 @@ def _pin(cpus: list[int]) -> None:
     if cpus:
         for thread in Path("/proc/self/task").iterdir():
             os.sched_setaffinity(int(thread.name), cpus)
+
+
+def _on_gpu() -> int | None:
+    """Bytes of the GPU that are used; None without a GPU, and for a runner that has no use for torch."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
 
 
 def _forget_peak() -> None:

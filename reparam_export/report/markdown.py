@@ -41,7 +41,7 @@ def code(text: str) -> str:
 
 def prose(text: str) -> str:
     """Text that may quote names: no markup, no mentions, no issue links out of them."""
-    escaped = re.sub(r"[*_`\[\]|~\\#!]", lambda found: f"&#{ord(found[0])};", html.escape(text))
+    escaped = re.sub(r"[*_`\[\]|~\\#!]", lambda found: f"&#{ord(found[0])};", html.escape(text, quote=False))
     return escaped.replace("@", "&#64;&#8203;").replace("://", "&#58;//")
 
 
