@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "virtual machine": {True: "yes", False: "no", None: None}[_flag("hypervisor")],
         "governor": _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "not shown by the system",
+        "priority of the runs": _priority(),
         "GPU": _gpu(),
         "versions": versions(),
     }
@@ -42,6 +44,13 @@ def available_memory() -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def _priority() -> str:
+    """What a timing process gets when it asks for the highest."""
+    ask = "import sys; from reparam_export.latency.worker import raise_priority; sys.exit(not raise_priority())"
+    done = subprocess.run((sys.executable, "-c", ask), capture_output=True, check=False, start_new_session=True)
+    return "normal" if done.returncode else "highest"
 
 
 def _processor() -> str:
