@@ -24,7 +24,7 @@ from reparam_export.latency.runners import Job, runner
 from reparam_export.latency.statistics import decided, is_look, log_ratios
 
 CYCLES = (3, 25)  # of a round, at least and at most
-ROUND_NS = 500_000_000  # what all cycles of one model should take together in a round
+ROUND_NS = 1_000_000_000  # what all cycles of one model should take together in a round
 LONG_NS = 2_000_000_000  # a run that is longer is its own average: one cycle is enough
 WARM_NS = 100_000_000  # after one run that is longer nothing is left to warm up
 Progress = Callable[[str, int, float], None]  # (runner, rounds, seconds until the time is up)
@@ -33,7 +33,7 @@ Raw = dict[str, list[list[int]]]  # nanoseconds by model, round and cycle
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run is done. Times in seconds; ``cycles`` None: as many as make a round of about half a second a model."""
+    """How a run is done. Times in seconds; ``cycles`` None: as many as make a round of about a second a model."""
 
     margin: float = 0.01
     max_time: float = 900.0
