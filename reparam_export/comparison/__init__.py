@@ -110,7 +110,9 @@ def compare(
         samples = samples_for(left, inputs)
         outputs = _outputs(left, right, samples, notes, engines=engines)
         if latency and outputs:
-            measured = _latency((left, right), samples, batches, runners, settings or Settings(), progress)
+            measured = _latency(
+                (left, right), samples, batches, runners, settings=settings or Settings(), progress=progress
+            )
     else:
         notes.append("outputs and latency need an ONNX file on both sides, or a GPU for two engines")
     return Comparison(str(a), str(b), tensors, weights, outputs, graph, nodes, measured, tuple(notes))
@@ -192,6 +194,7 @@ def _latency(
     samples: Mapping[str, Array],
     batches: Sequence[int],
     runners: Sequence[str],
+    *,
     settings: Settings,
     progress: Progress | None,
 ) -> Measurement:

@@ -110,6 +110,7 @@ def case_of(
     runner: tuple[str, str],
     batch: int,
     raw: Mapping[str, Rounds],
+    *,
     margin: float,
     memory: Mapping[str, int],
 ) -> Case:

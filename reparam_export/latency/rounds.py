@@ -194,7 +194,7 @@ def _cases(
 ) -> list[Case]:
     named = job.runner, runner(job.runner).TITLE
     return [
-        case_of(contest, named, batch, times, settings.margin, memory.get(batch, {}))
+        case_of(contest, named, batch, times, margin=settings.margin, memory=memory.get(batch, {}))
         for batch, times in raw.items()
         if times
     ]

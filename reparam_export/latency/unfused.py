@@ -16,7 +16,7 @@ from reparam_export.adapters import Kind, kind
 from reparam_export.affine import Affine, map_tensors, tensors_of
 from reparam_export.checkpoints import Adapter
 from reparam_export.errors import FusionError
-from reparam_export.layouts import layout_of, matrix
+from reparam_export.layouts import Layout, layout_of, matrix
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -82,15 +82,20 @@ def unfused(module: nn.Module, adapters: Sequence[Adapter]) -> nn.Module:
 
 
 def _layer(name: str, module: nn.Module, adapters: Sequence[Adapter]) -> nn.Module:
+    """One touched layer with its adapters. Raises FusionError."""
+    layout = layout_of(name, module)
+    wrapped = layout in ("embedding", "conv")
+    for adapter in adapters:
+        if wrapped and adapter.kind != "lora" and not recomputes(kind(adapter.kind)):
+            raise FusionError(f"{name}: there is no {adapter.kind} on a {type(module).__name__} to be shipped unfused")
+    return _module(module, adapters, layout, wrapped=wrapped)
+
+
+def _module(module: nn.Module, adapters: Sequence[Adapter], layout: Layout, *, wrapped: bool) -> nn.Module:
     from torch import nn as torch_nn
 
-    layout = layout_of(name, module)
     weight: Any = module.get_parameter("weight")
     kinds = [kind(a.kind) for a in adapters]
-    wrapped = layout in ("embedding", "conv")
-    for adapter, of_kind in zip(adapters, kinds, strict=True):
-        if wrapped and adapter.kind != "lora" and not recomputes(of_kind):
-            raise FusionError(f"{name}: there is no {adapter.kind} on a {type(module).__name__} to be shipped unfused")
     tensors = [
         map_tensors(a.params, lambda t: t.detach().clone().to(weight.dtype) if t.is_floating_point() else t)
         for a in adapters

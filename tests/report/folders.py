@@ -157,7 +157,7 @@ def measurement(fused: float = 1.0, again: float = 1.0, spread: float = 0.002, r
             ]
             for model, factor in factors.items()
         }
-        return case_of(contest, runner, batch, raw, 0.01, dict.fromkeys(factors, 114_000_000 + batch))
+        return case_of(contest, runner, batch, raw, margin=0.01, memory=dict.fromkeys(factors, 114_000_000 + batch))
 
     cpu, eager = ("onnxruntime_cpu", "onnxruntime, CPU"), ("torch_eager", "torch, eager")
     cases = tuple(case(runner, batch) for runner in (cpu, eager) for batch in (1, 4, 16))
