@@ -107,6 +107,7 @@ def _module(module: nn.Module, adapters: Sequence[Adapter], layout: Layout, *, w
         def __init__(self) -> None:
             super().__init__()
             self.weight, self.bias = weight, getattr(module, "bias", None)
+            self.out_features, self.in_features = matrix(weight, layout).shape
             self._fields = [map_tensors(params, lambda t: t.to("meta")) for params in tensors]
             self._names = [[_key(number, n) for n in tensors_of(params)] for number, params in enumerate(tensors)]
             for names, params in zip(self._names, tensors, strict=True):

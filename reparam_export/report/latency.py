@@ -131,6 +131,15 @@ def structure_rows(found: Measurement) -> tuple[tuple[str, ...], list[Row], list
     return tuple(s.model for s in sizes), rows, operators
 
 
+def engine_rows(found: Measurement) -> tuple[tuple[str, ...], list[Row], list[str]]:
+    """Models as columns; how many layers of each type TensorRT has for them; where that is known from."""
+    engines = found.structure.engines if found.structure else ()
+    types = sorted({name for engine in engines for name in engine["layers"]})
+    rows = [Row(name, tuple(count(engine["layers"].get(name, 0)) for engine in engines)) for name in types]
+    sources = dict.fromkeys(str(engine["source"]) for engine in engines)
+    return tuple(str(engine["model"]) for engine in engines), rows, list(sources)
+
+
 def machine_rows(found: Measurement) -> list[tuple[str, str]]:
     """Where and how times were taken."""
     machine, settings = dict(found.machine), found.settings

@@ -85,7 +85,7 @@ def _latency(evidence: Evidence) -> dict[str, Any]:
     from reparam_export.report.latency_plots import ratios_plot, times_plot
 
     made = (latency.tone, latency.share, latency.throughputs, latency.ratio_rows, latency.times_rows)
-    more = (latency.structure_rows, latency.machine_rows, latency.rounds_sentence)
+    more = (latency.structure_rows, latency.engine_rows, latency.machine_rows, latency.rounds_sentence)
     found = evidence.latency.measurement if evidence.latency else None
     return {
         **{function.__name__: function for function in (*made, *more)},
