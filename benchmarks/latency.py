@@ -52,7 +52,7 @@ def measure(model: str, kind: str, max_time: float) -> Measurement:
 
 
 def _progress(name: str) -> Progress:
-    return lambda title, rounds, left: print(f"\r{name}, {title}: round {rounds}, {left / 60:.0f} min left ", end="")
+    return lambda title, rounds, left: print(f"\r{name}, {title}: round {rounds}, {left / 60:.0f} min left ", end="", flush=True)
 
 
 def table() -> str:
