@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     from reparam_export.checkpoints import Checkpoint as Checkpoint
     from reparam_export.checkpoints import read as read
     from reparam_export.checkpoints._stack import stacked as stacked
+    from reparam_export.comparison import Comparison as Comparison
+    from reparam_export.comparison import compare as compare
     from reparam_export.exporters import export as export
     from reparam_export.exporters.artifact import Artifact as Artifact
     from reparam_export.fusion import FusedWeights as FusedWeights
     from reparam_export.fusion import fuse as fuse
+    from reparam_export.latency import bench as bench
+    from reparam_export.latency.measurement import Measurement as Measurement
     from reparam_export.modules import fuse_module as fuse_module
     from reparam_export.report import Report as Report
     from reparam_export.report import write_report as write_report
@@ -45,6 +49,10 @@ _HOME = {
     "verify": "verification",
     "Artifact": "exporters.artifact",
     "export": "exporters",
+    "Comparison": "comparison",
+    "compare": "comparison",
+    "Measurement": "latency.measurement",
+    "bench": "latency",
     "Report": "report",
     "write_report": "report",
 }

@@ -10,6 +10,8 @@
     |  |- NotAffineError          the module is not an affine map
     |  '- SharedWeightError       the base tensor also belongs to another module
     |- EquivalenceError           outside the bound; carries the evidence           exit 1
+    |- AddedCostError             slower than its base, by more than the margin     exit 1
+    |- UndecidedError             measured, but without a verdict                   exit 6
     '- ExportError                the target refused                                exit 5
        '- MissingBackendError     a package is not installed; names the extra
 
@@ -106,6 +108,18 @@ class EquivalenceError(ReparamError):
         super().__init__(message)
         self.layer = layer
         self.evidence = evidence
+
+
+class AddedCostError(ReparamError):
+    """The measurement shows that the fused model costs more than its base, or one of two compared models more than the other."""
+
+    exit_code = 1
+
+
+class UndecidedError(ReparamError):
+    """The measurement could not decide in its time, or the machine was too noisy to. Never a success."""
+
+    exit_code = 6
 
 
 class ExportError(ReparamError):

@@ -4,7 +4,8 @@
     hf/                fused.json          fuse, of a base that is a Hugging Face folder: streamed, shard by shard
     verification.json  reference.npz       verify
     model.onnx  model.engine  artifact.json    export
-    analysis.json                      inspect --analyse
+    analysis.json                          inspect --analyse
+    latency.json                           bench
     report.html  report.md  junit.xml      report
 
 Every file is written under a temporary name and renamed. ``fused.json`` holds the recipe (checkpoint, base, settings, with digests), so
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from reparam_export.verification.certificate import Certificate
 
 FUSED, PROOF, ARTIFACTS, REFERENCE = "fused.json", "verification.json", "artifact.json", "reference.npz"
-WEIGHTS, ANALYSIS = "fused.safetensors", "analysis.json"
+WEIGHTS, ANALYSIS, LATENCY = "fused.safetensors", "analysis.json", "latency.json"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -105,13 +106,22 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
 
 def _weights(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """The model's own tensors, from one file or from the shards of a streamed fusion; mapped, not copied."""
+    apart = set(content.get("apart", ()))
+    files = _weight_files(folder, content)
+    return {n: t for file in files for n, t in load_safetensors(file, numpy=False)[0].items() if n not in apart}
+
+
+def weights_at(folder: Path) -> list[Path]:
+    """The files that hold the fused weights of an output folder: one, or the shards of a streamed fusion. Raises CheckpointError."""
+    return _weight_files(folder, read_json(folder / FUSED))
+
+
+def _weight_files(folder: Path, content: Mapping[str, Any]) -> list[Path]:
     place = folder / str(content.get("weights", WEIGHTS))
     files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
-    apart = set(content.get("apart", ()))
-    found = {n: t for file in files for n, t in load_safetensors(file, numpy=False)[0].items() if n not in apart}
-    if not found:
+    if not files:
         raise CheckpointError(f"{place}: no such weights; run fuse again")
-    return found
+    return files
 
 
 def recipe_of(content: Mapping[str, Any]) -> Recipe:
@@ -162,8 +172,11 @@ def save_evidence(folder: Path, model: VerifiedModel) -> None:
         save_proof(folder, model.certificate, model)
 
 
-def load_proof(folder: Path) -> VerifiedModel:
-    """The verified model of an output folder. Raises EquivalenceError when the proof failed or belongs to other weights."""
+def load_proof(folder: Path, *, again: bool = True) -> VerifiedModel:
+    """The verified model of an output folder. Raises EquivalenceError when the proof failed or belongs to other weights.
+
+    again: prove the weights once more, since files may change; needed before anything is made that claims to be proven.
+    """
     import numpy as np
     import torch
 
@@ -180,7 +193,8 @@ def load_proof(folder: Path) -> VerifiedModel:
     if certificate.verdict == "wrong":
         raise EquivalenceError(f"{folder}: the proof failed; nothing can be exported from it", evidence=certificate)
     found = weights.sha256()
-    prove_again(checkpoint, weights, certificate)
+    if again:
+        prove_again(checkpoint, weights, certificate)
     if found != certificate.weights_sha256:
         raise EquivalenceError(
             f"{folder / WEIGHTS}: these weights ({found[:12]}) are not the ones that were proven "

@@ -18,8 +18,7 @@ ROOT = PACKAGE.parent
 ORDER = [  # a room imports itself and what stands before it; nobody imports training
     "errors", "affine", "float64", "plugins", "files", "adapters", "modules", "checkpoints", "rounding", "layouts", "state", "models",
     "bases", "hf_folder", "assembly", "training", "fusion", "verification", "analysis", "streaming", "folder", "exporters", "latency",
-    "report", "console",
-    "inspection", "cli", "__main__",
+    "comparison", "report", "console", "inspection", "cli", "pytest_plugin", "__main__",
 ]
 # fmt: on
 HEAVY = {"torch", "onnx", "onnxruntime", "timm", "transformers", "tensorrt", "tensorrt_rtx", "numpy", "matplotlib"}

@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {  # LoRA stands for LoRA_k with any k up 
     "D": ("constant", "none", "vector"),
     "E": ("constant", "none", "vector"),
 }
+RECOMPUTES = True  # as the authors' code: W' is made anew at every call, then multiplied once
 
 
 @dataclass(frozen=True)

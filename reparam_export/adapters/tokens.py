@@ -13,6 +13,8 @@ from reparam_export.adapters._bottleneck import Draw
 from reparam_export.affine import Affine, Tensor
 from reparam_export.errors import FusionError
 
+RECOMPUTES = True  # as peft: the whole table is copied and patched at every call
+
 
 @dataclass(frozen=True)
 class Params:

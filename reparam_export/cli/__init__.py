@@ -12,9 +12,9 @@ import click
 from reparam_export import plugins
 from reparam_export.errors import ReparamError
 
-EXIT_CODES = """Exit codes: 0 proven and written; 1 not equivalent; 2 wrong call; 3 checkpoint or base not understood; 4 cannot be fused;
-5 the target refused, or the disk did; 70 a fault of reparam-export itself."""
-FLOW = ("inspect", "fuse", "verify", "export", "report", "convert")  # in the order of the work; others follow
+EXIT_CODES = """Exit codes: 0 proven and written; 1 not equivalent, or added cost; 2 wrong call; 3 checkpoint or base not
+understood; 4 cannot be fused; 5 the target refused, or the disk did; 6 latency not decided; 70 a fault of reparam-export itself."""
+FLOW = ("inspect", "fuse", "verify", "export", "bench", "report", "convert")  # in the order of the work; others follow
 
 
 class Commands(click.Group):

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from reparam_export.cli._latency import BENCH, bench_stage, gate, seconds
 from reparam_export.cli._options import AGAIN, CHECKPOINT, DTYPE, EXPORT, JSON, OUT, SAMPLES, out_folder, recipe_of_call
 from reparam_export.cli._stages import check_export, console_of, export_stage, fuse_stage, report_stage, verify_stage
 
@@ -16,6 +17,7 @@ from reparam_export.cli._stages import check_export, console_of, export_stage, f
 @DTYPE
 @SAMPLES
 @EXPORT
+@BENCH
 @OUT
 @AGAIN
 @JSON
@@ -28,12 +30,15 @@ def command(
     inputs: Path | None,
     count: int,
     seed: int,
+    bench: bool,
+    max_time: str,
     **given: Any,
 ) -> None:
-    """Fuse, verify, export and report in one go."""
+    """Fuse, verify, export and report in one go; with --bench, measure too."""
     from reparam_export.folder import load_proof, prepare, same_samples
+    from reparam_export.latency.rounds import Settings
 
-    console = console_of(as_json)
+    console, settings = console_of(as_json), Settings(max_time=seconds(max_time))
     options = {name: given.pop(name) for name in ("targets", "precision", "opset", "batch", "gpu")}
     builder = check_export(options)
     if builder:
@@ -47,9 +52,19 @@ def command(
         known = "proof" in done and same_samples(folder, inputs, count, seed)
         model = load_proof(folder) if known else verify_stage(console, folder, inputs, count, seed)
         artifacts = export_stage(console, model, folder, **options)
+        found = bench_stage(console, folder, options["precision"], settings) if bench else None
     finally:
         if (folder / "fused.json").is_file():
             written = report_stage(console, folder)
     console.result(
-        {"folder": str(folder), "verdict": written.verdict, "report": str(written.html), "artifacts": artifacts}
+        {
+            "folder": str(folder),
+            "verdict": written.verdict,
+            "latency": written.latency,
+            "report": str(written.html),
+            "artifacts": artifacts,
+            "measurement": found,
+        }
     )
+    if found is not None:
+        gate(found)

@@ -115,7 +115,7 @@ class Runner:
             said = self._logger.said()
             self.__exit__()
             raise ExportError(f"{self.path.name} cannot be loaded on {this_gpu()}: {said}")
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -134,7 +134,17 @@ class Runner:
         }
 
     def run_on_gpu(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """CUDA tensors in, CUDA tensors out, nothing copied: what latency is measured on."""
+        """CUDA tensors in, CUDA tensors out, nothing copied."""
+        import torch
+
+        results = self.bind(inputs)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        self.launch()
+        self.stream.synchronize()
+        return results
+
+    def bind(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Set CUDA tensors as inputs of the launches to come; returns the tensors that will hold the outputs."""
         import torch
 
         names = [self._engine.get_tensor_name(number) for number in range(self._engine.num_io_tensors)]
@@ -158,11 +168,21 @@ class Runner:
                     tuple(self._context.get_tensor_shape(name)), dtype=self._dtype(name), device="cuda"
                 )
             self._context.set_tensor_address(name, held[name].data_ptr())
-        self._stream.wait_stream(torch.cuda.current_stream())
-        if not self._context.execute_async_v3(self._stream.cuda_stream):
-            raise ExportError(f"{self.path.name} failed to run: {self._logger.said()}")
-        self._stream.synchronize()
+        self._bound = held
         return {name: tensor for name, tensor in held.items() if name not in given}
+
+    def launch(self) -> None:
+        """Put one run on the stream: what latency is measured on."""
+        if not self._context.execute_async_v3(self.stream.cuda_stream):
+            raise ExportError(f"{self.path.name} failed to run: {self._logger.said()}")
+
+    def layers(self) -> list[Any]:
+        """What the engine's inspector says of every layer, as parsed JSON."""
+        import json
+
+        inspector = self._engine.create_engine_inspector()
+        found = json.loads(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+        return list(found.get("Layers", []))
 
     def _dtype(self, name: str) -> Any:
         import torch

@@ -8,6 +8,7 @@ of every layer is the ONNX file's, no flag changes it, and TF32 is off.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,8 @@ from typing import Any
 
 from reparam_export.errors import ExportError, UsageError
 from reparam_export.exporters._engines import Runner as Runner
-from reparam_export.exporters._engines import backend, messages, this_gpu
+from reparam_export.exporters._engines import backend as backend
+from reparam_export.exporters._engines import messages, this_gpu
 from reparam_export.exporters._files import placed
 from reparam_export.fusion import DTYPES as PRECISIONS
 
@@ -49,12 +51,7 @@ def write(
     started = time.perf_counter()
     with messages(trt, log) as logger:
         builder = trt.Builder(logger)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, logger)
-        if not parser.parse_from_file(str(onnx_path.resolve())):
-            raise ExportError(
-                f"{trt.__name__} cannot parse {onnx_path.name}: {_errors(parser)}; all messages are in {log}"
-            )
+        network, _parser = _parsed(trt, builder, onnx_path, logger, log)
         types = _types(trt, network)
         _require(types["products"], precision or _stated(onnx_path), onnx_path.name)
         config = builder.create_builder_config()
@@ -87,6 +84,16 @@ def write(
     }
 
 
+def layers(onnx_path: Path, log: Path) -> dict[str, int]:
+    """The layers that the builder is given for an ONNX file, by type. Raises MissingBackendError, ExportError."""
+    trt, _ = backend()
+    with messages(trt, log) as logger:
+        builder = trt.Builder(logger)
+        network, _parser = _parsed(trt, builder, onnx_path, logger, log)
+        types = Counter(network.get_layer(number).type.name for number in range(network.num_layers))
+        return dict(sorted(types.items()))
+
+
 def check(gpus: Sequence[str]) -> str:
     """Which builder an export would use here, in one line; refuses early what ``write`` would refuse late.
 
@@ -116,6 +123,15 @@ def _capabilities(trt: ModuleType, names: Sequence[str]) -> list[Any]:
             there = ", ".join(sorted(known, key=_number))
             raise UsageError(f"{trt.__name__} {trt.__version__} cannot build for {name!r}; there are: {there}{hint}")
     return [known[name.lower()] for name in names]
+
+
+def _parsed(trt: ModuleType, builder: Any, onnx_path: Path, logger: Any, log: Path) -> tuple[Any, Any]:
+    """The network, and the parser, which owns the weights and must live as long."""
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx_path.resolve())):
+        raise ExportError(f"{trt.__name__} cannot parse {onnx_path.name}: {_errors(parser)}; all messages are in {log}")
+    return network, parser
 
 
 def _number(name: str) -> int:

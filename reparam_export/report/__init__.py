@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from reparam_export.report.evidence import read_evidence
+from reparam_export.report.evidence import Evidence, read_evidence
 from reparam_export.report.statement import ReportVerdict, headline, verdict
 
 __all__ = ["Report", "write_report"]
@@ -25,6 +25,7 @@ class Report:
     junit: Path
     verdict: ReportVerdict
     headline: str
+    latency: str = "not measured"  # the verdict of the measurement, "not known" when it is about other files
 
 
 def write_report(folder: Path) -> Report:
@@ -50,7 +51,14 @@ def write_report(folder: Path) -> Report:
         junit=folder / "junit.xml",
         verdict=verdict(evidence),
         headline=headline(evidence),
+        latency=_latency(evidence),
     )
+
+
+def _latency(evidence: Evidence) -> str:
+    if evidence.latency is None:
+        return "not measured"
+    return "not known" if evidence.latency.stale else evidence.latency.measurement.verdict
 
 
 def _replace(path: Path, text: str) -> None:

@@ -17,6 +17,8 @@ from typing import Any, TypeVar, get_args
 from reparam_export.analysis import BranchAnalysis
 from reparam_export.errors import CheckpointError
 from reparam_export.exporters.artifact import Artifact
+from reparam_export.latency.measurement import Measurement
+from reparam_export.latency.measurement import from_json as measurement_from_json
 from reparam_export.verification.certificate import (
     CarriedEvidence,
     Certificate,
@@ -31,6 +33,7 @@ REMEDIES = {  # FOLDER stands for the folder
     "fused.json": "`reparam-export fuse` into that folder",
     "verification.json": "`reparam-export verify FOLDER`",
     "artifact.json": "`reparam-export export FOLDER`",
+    "latency.json": "`reparam-export bench FOLDER`",
     "analysis.json": "`reparam-export inspect CHECKPOINT --analyse -o FOLDER`",
 }
 UNPRINTABLE = {"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"}  # controls, invisible marks, surrogates, non-characters, line ends
@@ -57,6 +60,14 @@ class Exported:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The latency as it was written down. ``stale``: why it says nothing about what is in the folder now, "" when it does."""
+
+    measurement: Measurement
+    stale: str
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Everything a report may show. ``certificate`` is missing when nothing proves these weights: ``why_unproven``.
 
@@ -71,6 +82,7 @@ class Evidence:
     exported: tuple[Exported, ...]
     analysis: tuple[BranchAnalysis, ...] = ()  # where it was asked for
     written: tuple[LayerEvidence, ...] = ()
+    latency: Measured | None = None
 
     @property
     def outputs(self) -> tuple[OutputEvidence, ...]:
@@ -97,9 +109,10 @@ def read_evidence(folder: Path) -> Evidence:
         certificate=None if why else certificate,
         stated=str((raw or {}).get("verdict", "")),
         why_unproven=why,
-        exported=_exported(folder, fused["weights_sha256"]),
+        exported=(exported := _exported(folder, fused["weights_sha256"])),
         analysis=_analysis(folder, fused["checkpoint"].get("sha256")),
         written=_written(folder, fused),
+        latency=_measured(folder, fused["weights_sha256"], exported),
     )
 
 
@@ -192,6 +205,22 @@ def _exported(folder: Path, weights_sha256: str) -> tuple[Exported, ...]:
         return tuple(_one_exported(each, weights_sha256) for each in raw["artifacts"])
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(folder, "artifact.json", _reason(error)) from error
+
+
+def _measured(folder: Path, weights_sha256: str, exported: tuple[Exported, ...]) -> Measured | None:
+    raw = _load(folder, "latency.json")
+    if raw is None:
+        return None
+    try:
+        found = measurement_from_json(raw)
+    except ValueError as error:
+        raise _damaged(folder, "latency.json", str(error)) from error
+    files = [e.artifact.sha256 for e in exported if e.artifact.target == "onnx"]
+    if found.weights_sha256 != weights_sha256:
+        return Measured(found, "it was measured with other weights")
+    if found.artifact_sha256 and found.artifact_sha256 not in files:
+        return Measured(found, "it was measured with another export")
+    return Measured(found, "")
 
 
 def _one_exported(raw: dict[str, Any], weights_sha256: str) -> Exported:

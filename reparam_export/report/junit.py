@@ -1,11 +1,12 @@
-"""``junit.xml``: one test case for every layer, every output, the carried tensors, the graph and every artefact."""
+"""``junit.xml``: one test case for every layer, output, artefact, runner and batch size, the carried tensors and the graph."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.report.evidence import Evidence
+from reparam_export.report import latency
+from reparam_export.report.evidence import Evidence, Measured
 from reparam_export.report.numbers import number, percent, plural
 from reparam_export.report.statement import (
     artifact_failures,
@@ -50,6 +51,8 @@ def _suites(evidence: Evidence) -> Iterator[tuple[str, list[Case]]]:
         yield "graph", [_graph_case(certificate)]
     if evidence.outputs:
         yield "outputs", [_output_case(output) for output in evidence.outputs]
+    if evidence.latency is not None:
+        yield "latency", _latency_cases(evidence.latency)
     if evidence.exported:
         yield (
             "artefacts",
@@ -62,6 +65,22 @@ def _suites(evidence: Evidence) -> Iterator[tuple[str, list[Case]]]:
                 for each in evidence.exported
             ],
         )
+
+
+def _latency_cases(measured: Measured) -> list[Case]:
+    """A case a runner and batch size. Not decided is a failure: a green run must mean a verdict."""
+    if measured.stale:
+        return [("latency", latency.sentence(measured), latency.sentence(measured))]
+    found = measured.measurement
+    subject = found.contest.subject
+    return [
+        (
+            latency.name_of(c),
+            f"{c.said}: {latency.factors(c)}, {latency.rounds_sentence(c)}",
+            latency.failure(c, subject),
+        )
+        for c in found.cases
+    ]
 
 
 def _layer_case(layer: LayerEvidence) -> Case:

@@ -6,7 +6,9 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
-from reparam_export.report.evidence import Evidence
+from reparam_export.latency.measurement import Measurement
+from reparam_export.report import latency
+from reparam_export.report.evidence import Evidence, Measured
 from reparam_export.report.numbers import count, number, percent, plural, quantity, signed, size
 from reparam_export.report.statement import checkpoint_facts, failures, headline, ran_sentence, same_class, verdict
 from reparam_export.verification.certificate import Certificate, GraphEvidence, LayerEvidence
@@ -25,6 +27,8 @@ def markdown(evidence: Evidence) -> str:
     elif evidence.written:
         parts.append(_written_table(evidence.written))
     parts.append(_artifact_table(evidence))
+    if evidence.latency is not None:
+        parts += _latency(evidence.latency)
     if certificate is not None:
         parts += [_layer_details(certificate), _graph_details(certificate.graph)]
     if evidence.analysis:
@@ -42,7 +46,7 @@ def code(text: str) -> str:
 
 def prose(text: str) -> str:
     """Text that may quote names: no markup, no mentions, no issue links out of them."""
-    escaped = re.sub(r"[*_`\[\]|~\\#!]", lambda found: f"&#{ord(found[0])};", html.escape(text))
+    escaped = re.sub(r"[*_`\[\]|~\\#!]", lambda found: f"&#{ord(found[0])};", html.escape(text, quote=False))
     return escaped.replace("@", "&#64;&#8203;").replace("://", "&#58;//")
 
 
@@ -133,6 +137,44 @@ def _artifact_table(evidence: Evidence) -> str:
         for each in evidence.exported
     ]
     return table(("artefact", "target", ">size", "sha256", "checked", ""), rows) if rows else ""
+
+
+def _latency(measured: Measured) -> list[str]:
+    """The verdict, the ratios, the table of the papers; folded away, what each model consists of and the machine."""
+    found = measured.measurement
+    mark = MARKS[{"no added cost": "exact", "added cost": "wrong"}.get(found.verdict, "unproven")]
+    head = f"#### {MARKS['unproven'] if measured.stale else mark} {prose(latency.sentence(measured))}"
+    models, rows = latency.throughputs(found)
+    rates = [(prose(row.name), *row.cells, prose(case.said)) for row, case in zip(rows, found.cases, strict=True)]
+    ratios = [(prose(row.group), prose(row.name), *map(prose, row.cells)) for row in latency.ratio_rows(found)]
+    notes = [f"Not run: {title}: {why}" for title, why in found.skipped.items()] + list(found.notes)
+    return [
+        head,
+        table(("samples a second", *(f">{m}" for m in models), "verdict"), rates),
+        "\n".join(f"- {prose(note)}" for note in notes),
+        details(
+            f"Ratios to the base, with {latency.share(found.confidence)} intervals over rounds",
+            table(("runner", "ratio", ">factor", ">interval", ">rounds", ">spread of a round", "tested"), ratios),
+        ),
+        _structure(found),
+        details(
+            "Machine of the measurement", table(("", ""), [(prose(k), code(v)) for k, v in latency.machine_rows(found)])
+        ),
+    ]
+
+
+def _structure(found: Measurement) -> str:
+    models, rows, operators = latency.structure_rows(found)
+    if not models or found.structure is None:
+        return ""
+    differ = [row for row in operators if len(set(row.cells)) > 1]
+    body = table(("", *(f">{m}" for m in models)), [(prose(row.name), *row.cells) for row in [*rows, *differ]])
+    same = len(operators) - len(differ)
+    body += f"\n\n{plural(same, 'further operator')} as often in each of them."
+    for title, names in (("Differs", found.structure.differences), ("Added by fusion", found.structure.added)):
+        if names:
+            body += f"\n\n{title}: {', '.join(map(code, names))}"
+    return details("What each model consists of", body)
 
 
 def _layer_details(certificate: Certificate) -> str:

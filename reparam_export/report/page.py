@@ -84,14 +84,38 @@ def _context(evidence: Evidence) -> dict[str, Any]:
         "provenance": _provenance(evidence),
         "operators": sorted(certificate.graph.operators.items(), key=lambda item: -item[1]) if certificate else [],
         "flat": _flat,
+        **_latency(evidence),
     }
+
+
+def _latency(evidence: Evidence) -> dict[str, Any]:
+    """What the latency section is made of."""
+    from reparam_export.report import latency
+    from reparam_export.report.latency_plots import ratios_plot, times_plot
+
+    made = (latency.tone, latency.share, latency.throughputs, latency.ratio_rows, latency.times_rows)
+    more = (latency.structure_rows, latency.engine_rows, latency.machine_rows, latency.rounds_sentence)
+    found = evidence.latency.measurement if evidence.latency else None
+    return {
+        **{function.__name__: function for function in (*made, *more)},
+        "latency": evidence.latency,
+        "latency_sentence": latency.sentence,
+        "bench_command": f"reparam-export bench {shlex.quote(evidence.folder.resolve().name)}",
+        "ratio_plots": [_drawn(ratios_plot(found, narrow=narrow)) for narrow in (False, True)] if found else [],
+        "times_plots": [_drawn(times_plot(found, narrow=narrow)) for narrow in (False, True)] if found else [],
+    }
+
+
+def _drawn(picture: str) -> Any:
+    """Markup of ours that is let through."""
+    from markupsafe import Markup
+
+    return Markup(picture)
 
 
 def _plots(draw: Any, subjects: tuple[Any, ...]) -> list[Any]:
     """The same plot for a desk and for a phone; the page shows one of them."""
-    from markupsafe import Markup
-
-    return [Markup(draw(subjects, narrow=narrow)) for narrow in (False, True)] if subjects else []
+    return [_drawn(draw(subjects, narrow=narrow)) for narrow in (False, True)] if subjects else []
 
 
 def _tiles(evidence: Evidence) -> list[Tile]:

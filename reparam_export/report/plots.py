@@ -144,7 +144,7 @@ def margins(figure: Figure, *, left: float, right: float, top: float, bottom: fl
     width, height = figure.get_size_inches()
     figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
     rows = len(figure.axes)
-    if rows > 1:
+    if between:
         inner = (height - top - bottom - between * (rows - 1)) / rows
         figure.subplots_adjust(hspace=between / inner)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
+from reparam_export.report import latency
 from reparam_export.report.evidence import Evidence, Exported
 from reparam_export.report.numbers import number, percent, plural, size
 from reparam_export.verification.certificate import Certificate, GraphEvidence, LayerEvidence, OutputEvidence
@@ -74,6 +75,7 @@ def failures(evidence: Evidence) -> Iterator[str]:
             yield f"graph differs from the base: {certificate.graph.differences[0]}"
     for each in evidence.exported:
         yield from artifact_failures(each)
+    yield from latency.failures(evidence)
 
 
 def layer_failure(layer: LayerEvidence) -> str:

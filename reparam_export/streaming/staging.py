@@ -125,8 +125,8 @@ def settle(out: Path) -> None:
 def former(out: Path) -> list[Path]:
     """What earlier stages left, newest meaning first: the record goes before the weights that it speaks of."""
     names = (
-        RECORD, "verification.json", "reference.npz", "artifact.json", "analysis.json", "report.html", "report.md", "junit.xml",
-        "model.onnx*", "model.engine", "engine.log", "model.safetensors", "genai", "fused.safetensors", WEIGHTS,
+        RECORD, "verification.json", "reference.npz", "artifact.json", "analysis.json", "latency.json", "report.html", "report.md",
+        "junit.xml", "model.onnx*", "model.engine", "engine.log", "model.safetensors", "genai", "fused.safetensors", WEIGHTS,
     )  # fmt: skip
     return [path for name in names for path in sorted(out.glob(name))]
 

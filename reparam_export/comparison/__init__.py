@@ -1,0 +1,242 @@
+"""Two results against each other: what changed in weights, outputs, graph and latency.
+
+A side is an output folder, an ONNX file or a TensorRT engine. ``compare`` measures; whether a change is good is the reader's to
+say, but for latency, where the same test as in ``bench`` says whether B costs more than A.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reparam_export.comparison.sides import Side, answers, inputs_of, samples_for, side
+from reparam_export.files import sha256
+from reparam_export.latency import BATCHES, check, measurement
+from reparam_export.latency.measurement import Contest, Measurement
+from reparam_export.latency.rounds import Models, Progress, Settings
+from reparam_export.latency.runners import runner
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """One tensor that is not the same on both sides. ``a`` and ``b``: shape and dtype, "" where it is missing."""
+
+    name: str
+    a: str
+    b: str
+    entries: int = 0  # that differ, where both have the same shape
+    share: float = 0.0  # of all of its entries
+    largest: float = 0.0  # max |b - a|
+    relative: float = 0.0  # |b - a| / |a|, Frobenius norms
+
+
+@dataclass(frozen=True)
+class OutputChange:
+    """One output on the same inputs. ``largest``: max |b - a|; ``agree``: share of samples with the same argmax."""
+
+    output: str
+    samples: int
+    magnitude: float
+    largest: float
+    agree: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What changed from ``a`` to ``b``. ``notes``: what could not be compared here, and why."""
+
+    a: str
+    b: str
+    tensors: int
+    weights: tuple[TensorChange, ...]
+    outputs: tuple[OutputChange, ...]
+    graph: tuple[str, ...]
+    nodes: tuple[int, int] | None
+    latency: Measurement | None
+    notes: tuple[str, ...]
+
+    @property
+    def changed(self) -> dict[str, bool]:
+        """For every part that was compared: is anything different? Latency: does B cost more than A?"""
+        found = {"weights": bool(self.weights)} if self.tensors else {}
+        if self.outputs:
+            found["outputs"] = any(o.largest != 0 for o in self.outputs)
+        if self.nodes:
+            found["graph"] = bool(self.graph)
+        if self.latency:
+            found["latency"] = self.latency.verdict == "added cost"
+        return found
+
+
+def compare(
+    a: str | Path,
+    b: str | Path,
+    *,
+    inputs: Path | None = None,
+    batches: Sequence[int] = BATCHES,
+    runners: Sequence[str] = (),
+    settings: Settings | None = None,
+    latency: bool = True,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare two output folders, ONNX files or engines.
+
+    inputs: .npz by input name, or .npy of the one input; None: the samples of A's proof, else random ones. latency: measure it too;
+    batches, runners, settings and progress are those of ``bench``. Raises UsageError for what is neither, ExportError when a file
+    cannot be read.
+    """
+    from reparam_export.exporters.onnx import differences
+    from reparam_export.latency.contenders import file_facts
+
+    left, right = side(Path(a)), side(Path(b))
+    notes: list[str] = []
+    tensors, weights = _weights(left, right, notes)
+    graph: tuple[str, ...] = ()
+    outputs: tuple[OutputChange, ...] = ()
+    nodes = measured = None
+    if left.onnx and right.onnx:
+        graph, nodes = tuple(differences(left.onnx, right.onnx)), (file_facts(left.onnx)[0], file_facts(right.onnx)[0])
+    engines = _engines(left, right, notes)
+    if engines or (left.onnx and right.onnx):
+        samples = samples_for(left, inputs)
+        outputs = _outputs(left, right, samples, notes, engines=engines)
+        if latency and outputs:
+            measured = _latency(
+                (left, right), samples, batches, runners, settings=settings or Settings(), progress=progress
+            )
+    else:
+        notes.append("outputs and latency need an ONNX file on both sides, or a GPU for two engines")
+    return Comparison(str(a), str(b), tensors, weights, outputs, graph, nodes, measured, tuple(notes))
+
+
+def _weights(left: Side, right: Side, notes: list[str]) -> tuple[int, tuple[TensorChange, ...]]:
+    """How many tensors there are, and those that differ, the most changed first."""
+    if left.tensors is None or right.tensors is None:
+        notes.append("weights: an engine's tensors have no names; compare the folders or the ONNX files")
+        return 0, ()
+    if left.folder != right.folder:
+        files = [s.onnx for s in (left, right)]
+        if files[0] is None or files[1] is None:
+            notes.append("weights: one side is an ONNX file and the other has none; run export --to onnx")
+            return 0, ()
+        left, right = side(files[0]), side(files[1])
+    assert left.tensors is not None
+    assert right.tensors is not None
+    others = dict(right.tensors())
+    found, count = [], len(others)
+    for name, array in left.tensors():
+        other = others.pop(name, None)
+        count += other is None
+        change = _change(name, array, other)
+        found += [change] if change else []
+    found += [TensorChange(name, "", _kind(array)) for name, array in others.items()]
+    return count, tuple(sorted(found, key=lambda c: -c.relative))
+
+
+def _change(name: str, a: Array, b: Array | None) -> TensorChange | None:
+    import numpy as np
+
+    if b is None:
+        return TensorChange(name, _kind(a), "")
+    if a.shape != b.shape:
+        return TensorChange(name, _kind(a), _kind(b))
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    differ = ~((x == y) | (np.isnan(x) & np.isnan(y)))
+    entries = int(differ.sum())
+    if not entries and a.dtype == b.dtype:
+        return None
+    delta, size = np.linalg.norm(y - x), np.linalg.norm(x)
+    largest = float(np.abs(y - x).max()) if x.size else 0.0
+    relative = float(delta / size) if size else (float("inf") if entries else 0.0)
+    return TensorChange(name, _kind(a), _kind(b), entries, entries / max(x.size, 1), largest, relative)
+
+
+def _kind(array: Array) -> str:
+    return f"{'x'.join(map(str, array.shape)) or 'scalar'} {array.dtype}"
+
+
+def _outputs(
+    left: Side, right: Side, samples: Mapping[str, Array], notes: list[str], *, engines: bool
+) -> tuple[OutputChange, ...]:
+    """Both on the same samples; an output that only one of them has is a note."""
+    import numpy as np
+
+    for one in (left, right):
+        names = {name for name, _, _ in inputs_of(one.onnx)} if one.onnx else set(samples)
+        if names != set(samples):
+            notes.append(f"outputs: {one.path} takes {', '.join(sorted(names))}; the samples are {', '.join(samples)}")
+            return ()
+    of_a, of_b = (answers(one, samples, engine=engines) for one in (left, right))
+    notes += [f"output {name}: only on one side" for name in sorted(set(of_a) ^ set(of_b))]
+    found = []
+    for name in (n for n in of_a if n in of_b):
+        x, y = of_a[name].astype(np.float64), of_b[name].astype(np.float64)
+        if x.shape != y.shape:
+            notes.append(f"output {name}: shape {x.shape} against {y.shape}")
+            continue
+        classes = x.ndim >= 2 and x.shape[-1] > 1
+        agree = float((x.argmax(-1) == y.argmax(-1)).mean()) if classes else None
+        found.append(OutputChange(name, len(x), float(np.abs(x).max()), float(np.abs(y - x).max()), agree))
+    return tuple(found)
+
+
+def _latency(
+    both: tuple[Side, Side],
+    samples: Mapping[str, Array],
+    batches: Sequence[int],
+    runners: Sequence[str],
+    *,
+    settings: Settings,
+    progress: Progress | None,
+) -> Measurement:
+    import numpy as np
+
+    check(batches, runners, settings)
+    contest = Contest("A", "A again", "B")
+    sides = {"A": both[0], "A again": both[0], "B": both[1]}
+    modules = {m: (str(s.path.resolve()), "fused") for m, s in sides.items()} if all(s.folder for s in both) else {}
+    files = {m: s.onnx for m, s in sides.items() if s.onnx is not None}
+    engines = {m: s.engine for m, s in sides.items() if s.engine is not None}
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs = Path(scratch) / "inputs.npz"
+        np.savez(inputs, **samples)  # type: ignore[arg-type]
+        models = Models(contest, inputs, _of_all(files), modules, _of_all(engines))
+        return measurement(models, batches, runners, settings, progress)
+
+
+def _of_all(files: dict[str, Path]) -> dict[str, Path]:
+    """Nothing, unless all three have one."""
+    return files if len(files) == 3 else {}
+
+
+def _engines(left: Side, right: Side, notes: list[str]) -> bool:
+    """Notes what two engines are to each other; can they be run here?"""
+    from reparam_export.exporters.tensorrt import Runner
+
+    if left.engine is None or right.engine is None:
+        return False
+    same = sha256(left.engine) == sha256(right.engine)
+    sizes = left.engine.stat().st_size, right.engine.stat().st_size
+    notes.append(
+        "engines: the same bytes" if same else f"engines: {sizes[0]:,} against {sizes[1]:,} bytes, not the same"
+    )
+    why = runner("tensorrt").missing()
+    if why:
+        notes.append(f"engines: {why}")
+        return False
+    layers = []
+    for engine in (left.engine, right.engine):
+        with Runner(engine) as opened:
+            layers.append(Counter(str(layer.get("LayerType", "layer")) for layer in opened.layers()))
+    if layers[0] != layers[1]:
+        notes.append(f"engines: layers {dict(layers[0])} against {dict(layers[1])}")
+    return True

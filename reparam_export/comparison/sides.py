@@ -1,0 +1,133 @@
+"""One side of a comparison: an output folder, an ONNX file or an engine; its tensors, its inputs, and how it is run."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reparam_export.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+FREE_AXIS = 16  # size of a dynamic axis other than the batch, when no inputs are given
+SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Side:
+    """``tensors`` opens its weights, one at a time; an engine's have no names."""
+
+    path: Path
+    onnx: Path | None
+    engine: Path | None
+    tensors: Callable[[], Iterator[tuple[str, Array]]] | None
+
+    @property
+    def folder(self) -> bool:
+        """Is it an output folder, from which a torch module can be built?"""
+        return self.path.is_dir()
+
+
+def side(path: Path) -> Side:
+    """What a path is. Raises UsageError."""
+    from reparam_export.folder import FUSED, weights_at
+
+    if path.is_dir() and (path / FUSED).is_file():
+        found = [path / name if (path / name).is_file() else None for name in ("model.onnx", "model.engine")]
+        return Side(path, found[0], found[1], lambda: _of_safetensors(weights_at(path)))
+    if path.is_file() and path.suffix == ".onnx":
+        return Side(path, path, None, lambda: _of_onnx(path))
+    if path.is_file() and path.suffix in (".engine", ".plan", ".trt"):
+        return Side(path, None, path, None)
+    raise UsageError(f"{path}: expected an output folder of reparam-export, an .onnx file or an .engine file")
+
+
+def samples_for(left: Side, inputs: Path | None) -> dict[str, Array]:
+    """Inputs by name: those given, else those of the proof in the left side's folder, else random ones for its ONNX file.
+
+    Raises UsageError for inputs that are not the file's, and for an engine without any.
+    """
+    import numpy as np
+
+    from reparam_export.folder import REFERENCE
+
+    place = left.path if left.folder else left.path.parent
+    if inputs is not None:
+        return _read(inputs, left.onnx)
+    if (place / REFERENCE).is_file():
+        with np.load(place / REFERENCE) as arrays:
+            return {n.removeprefix("input:"): arrays[n] for n in arrays.files if n.startswith("input:")}
+    if left.onnx is None:
+        raise UsageError(f"{left.path}: nothing says what its inputs are; pass them with --inputs FILE.npz")
+    chance = np.random.default_rng(0)
+    drawn: dict[str, Array] = {}
+    for name, shape, dtype in inputs_of(left.onnx):
+        sizes = [SAMPLES, *(size if isinstance(size, int) else FREE_AXIS for size in shape[1:])]
+        kind = np.dtype(dtype)
+        whole = np.issubdtype(kind, np.integer) or kind == np.bool_
+        drawn[name] = (chance.integers(0, 2, sizes) if whole else chance.standard_normal(sizes)).astype(kind)
+    return drawn
+
+
+def answers(one: Side, samples: Mapping[str, Array], *, engine: bool) -> dict[str, Array]:
+    """Its outputs by name, of its engine on the GPU or of its ONNX file by onnxruntime. Raises ExportError."""
+    from reparam_export.exporters import onnx, tensorrt
+
+    if engine and one.engine is not None:
+        with tensorrt.Runner(one.engine) as on_gpu:
+            return on_gpu.run(dict(samples))
+    if one.onnx is None:
+        raise UsageError(f"{one.path}: holds no ONNX file; run export --to onnx")
+    with onnx.Runner(one.onnx) as runner:
+        return runner.run(dict(samples))
+
+
+def inputs_of(path: Path) -> list[tuple[str, tuple[int | str, ...], str]]:
+    """Name, shape and numpy dtype of the inputs of an ONNX file."""
+    import onnx
+
+    found = []
+    for value in onnx.load(str(path), load_external_data=False).graph.input:
+        tensor = value.type.tensor_type
+        shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in tensor.shape.dim)
+        found.append((value.name, shape, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))))
+    return found
+
+
+def _read(path: Path, file: Path | None) -> dict[str, Array]:
+    import numpy as np
+
+    names = [name for name, _, _ in inputs_of(file)] if file else []
+    try:
+        with path.open("rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            several = hasattr(loaded, "files")
+            if not several and len(names) != 1:
+                raise UsageError(f"inputs {path}: expected an .npz file with an array for every input; found one array")
+            arrays: dict[str, Array] = {n: loaded[n] for n in loaded.files} if several else {names[0]: loaded}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"inputs {path}: expected a .npy or .npz file of arrays; found {error}") from error
+    if file and set(arrays) != set(names):
+        raise UsageError(f"inputs {path}: expected the arrays {', '.join(names)}; found {', '.join(arrays)}")
+    return arrays
+
+
+def _of_safetensors(paths: Sequence[Path]) -> Iterator[tuple[str, Array]]:
+    from reparam_export.files import load_safetensors
+
+    for path in paths:
+        yield from load_safetensors(path, numpy=True)[0].items()
+
+
+def _of_onnx(path: Path) -> Iterator[tuple[str, Array]]:
+    import onnx_ir as ir
+
+    for name, value in ir.load(path).graph.initializers.items():
+        if value.const_value is not None:
+            yield str(name), value.const_value.numpy()

@@ -1,0 +1,252 @@
+"""The run: rounds in fresh processes until every verdict is there, or the time is up.
+
+Every batch size of a runner is decided for itself, and costs nothing more once it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from reparam_export.errors import ExportError
+from reparam_export.latency.machine import available_memory
+from reparam_export.latency.measurement import Case, Contest, case_of
+from reparam_export.latency.runners import Job, runner
+from reparam_export.latency.statistics import decided, is_look, log_ratios
+
+CYCLES = (3, 25)  # of a round, at least and at most
+ROUND_NS = 1_000_000_000  # what all cycles of one model should take together in a round
+LONG_NS = 2_000_000_000  # a run that is longer is its own average: one cycle is enough
+WARM_NS = 100_000_000  # after one run that is longer nothing is left to warm up
+Progress = Callable[[str, int, float], None]  # (runner, rounds, seconds until the time is up)
+Raw = dict[str, list[list[int]]]  # nanoseconds by model, round and cycle
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is done. Times in seconds; ``cycles`` None: as many as make a round of about a second a model."""
+
+    margin: float = 0.01
+    max_time: float = 900.0
+    threads: int = 1
+    seed: int = 0
+    cycles: int | None = None
+    rounds: int | None = None  # stop after so many, decided or not
+    memory: bool = True  # also start a process for every model alone, to see what it takes
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is timed: who is compared, and each of them as the runners need it. Files by model; ``modules`` as in ``Job``."""
+
+    contest: Contest
+    inputs: Path
+    files: dict[str, Path]
+    modules: dict[str, tuple[str, str]] = field(default_factory=dict)
+    engines: dict[str, Path] = field(default_factory=dict)
+    dtype: str = "float32"
+    builder: str | None = None
+
+    def lack(self, name: str) -> str:
+        """Why this runner has nothing to run, "" when it has."""
+        takes = runner(name).TAKES
+        if not {"onnx": self.files, "torch": self.modules, "engine": self.engines}[takes]:
+            needs = {"onnx": "ONNX files", "torch": "output folders, to build modules from", "engine": "engines"}
+            return f"it needs {needs[takes]}"
+        size = sum(f.stat().st_size for path in self.files.values() for f in path.parent.glob(f"{path.name}*"))
+        free = available_memory()
+        return f"all models together take {size:,} bytes, {free:,} are free" if size > free else ""
+
+    def job(self, name: str, threads: int) -> Job:
+        """What a timing process of that runner is told."""
+        takes = runner(name).TAKES
+        files = {"onnx": self.files, "engine": self.engines}.get(takes, {})
+        modules = self.modules if takes == "torch" else {}
+        paths = {model: str(path.resolve()) for model, path in files.items()}
+        return Job(name, str(self.inputs.resolve()), paths, modules, self.dtype, threads, self.builder)
+
+
+class WorkerError(ExportError):
+    """A timing process ended before its answer."""
+
+
+class StoppedError(Exception):
+    """Ctrl-C. ``cases``: what had been measured by then."""
+
+    def __init__(self, cases: list[Case]) -> None:
+        super().__init__("interrupted")
+        self.cases = cases
+
+
+class Worker:
+    """One timing process, as a context manager. ``ask`` raises WorkerError when it fails or dies."""
+
+    def __init__(self, job: Job) -> None:
+        self._first = {"job": asdict(job)}
+        counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(job.threads))
+        self._environment = {**os.environ, **counts, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+    def __enter__(self) -> Worker:
+        import tempfile
+
+        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "reparam_export.latency.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            env=self._environment,
+            start_new_session=True,  # Ctrl-C is for this process alone, which ends the other
+        )
+        self._send(self._first)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._said.close()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """The answer to a "round" or a "memory" request."""
+        self._send(request)
+        line = self._process.stdout.readline() if self._process.stdout else ""
+        if not line:
+            code = self._process.wait()
+            self._said.seek(0)
+            last = (self._said.read().strip().splitlines() or ["no word"])[-1]
+            killed = ", killed: out of memory?" if code == -9 else ""
+            raise WorkerError(f"the timing process ended with code {code}{killed}: {last}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer
+
+    def _send(self, request: Mapping[str, Any]) -> None:
+        with suppress(BrokenPipeError):  # it has died: the answer, which does not come, says how
+            if self._process.stdin:
+                self._process.stdin.write(json.dumps(request) + "\n")
+                self._process.stdin.flush()
+
+
+def peak_memory(job: Job, contest: Contest, batches: Sequence[int]) -> dict[int, dict[str, int]]:
+    """The peak of a fresh process that holds one model alone, by batch and model, in bytes; empty where no system says so.
+
+    The control is the base, and takes what the base takes.
+    """
+    found: dict[int, dict[str, int]] = {batch: {} for batch in batches}
+    for model in (m for m in contest.models if m != contest.control):
+        files = {model: job.files[model]} if job.files else {}
+        modules = {model: job.modules[model]} if job.modules else {}
+        alone = replace(job, files=files, modules=modules)
+        with Worker(alone) as worker:
+            answer = worker.ask(memory={"model": model, "batches": list(batches)})
+        for batch, size in answer["memory"].items():
+            found[int(batch)][model] = size
+    return found
+
+
+def take(
+    job: Job, contest: Contest, batches: Sequence[int], settings: Settings, progress: Progress | None = None
+) -> list[Case]:
+    """The cases of one runner, one a batch size. Raises WorkerError when a model cannot be run there at all.
+
+    There is one round at least, however little time there is. Ctrl-C raises StoppedError with what was measured.
+    """
+    ends, chance = time.monotonic() + settings.max_time, random.Random(settings.seed)
+    memory = peak_memory(job, contest, batches) if settings.memory else {}
+    raw: dict[int, Raw] = {batch: {} for batch in batches}
+    done, lasted = 0, 0.0
+    with _asking(job) as ask:
+        plans = _plans(ask, contest, batches, settings)
+        try:
+            while plans and (not done or time.monotonic() + lasted < ends):
+                started = time.monotonic()
+                place = {"seed": chance.getrandbits(32), "cpus": cpus(job.threads, chance)}
+                times, done = ask(round={**place, "batches": plans})["times"], done + 1
+                for batch in plans:
+                    for model, runs in times[str(batch)].items():
+                        raw[batch].setdefault(model, []).append(runs)
+                plans = {batch: plan for batch, plan in plans.items() if not _finished(raw[batch], contest, settings)}
+                lasted = time.monotonic() - started
+                if progress is not None:
+                    progress(runner(job.runner).TITLE, done, ends - time.monotonic())
+        except KeyboardInterrupt as stop:
+            raise StoppedError(_cases(job, contest, raw, settings, memory)) from stop
+    return _cases(job, contest, raw, settings, memory)
+
+
+def _cases(
+    job: Job,
+    contest: Contest,
+    raw: Mapping[int, Raw],
+    settings: Settings,
+    memory: Mapping[int, Mapping[str, int]],
+) -> list[Case]:
+    named = job.runner, runner(job.runner).TITLE
+    return [
+        case_of(contest, named, batch, times, margin=settings.margin, memory=memory.get(batch, {}))
+        for batch, times in raw.items()
+        if times
+    ]
+
+
+@contextmanager
+def _asking(job: Job) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Ask a new process every time, or one and the same, as the runner needs it."""
+    if not runner(job.runner).FRESH:
+        with Worker(job) as worker:
+            yield worker.ask
+        return
+
+    def ask(**request: Any) -> dict[str, Any]:
+        with Worker(job) as worker:
+            return worker.ask(**request)
+
+    yield ask
+
+
+def _plans(
+    ask: Callable[..., dict[str, Any]], contest: Contest, batches: Sequence[int], settings: Settings
+) -> dict[int, tuple[int, int]]:
+    """Cycles and warm-ups of a round at every batch size, from one run of each, which counts for nothing else."""
+    place = {"seed": settings.seed, "cpus": cpus(settings.threads, random.Random(settings.seed))}
+    times = ask(round={**place, "batches": dict.fromkeys(batches, (1, 1))})["times"]
+    plans = {}
+    for batch in batches:
+        one = times[str(batch)][contest.base][0]
+        fitting = min(max(round(ROUND_NS / one), CYCLES[0] if one < LONG_NS else 1), CYCLES[1])
+        plans[batch] = (settings.cycles or fitting, 1 if one > WARM_NS else 2)
+    return plans
+
+
+def _finished(raw: Raw, contest: Contest, settings: Settings) -> bool:
+    """Is the last round reached, or are subject and control decided?"""
+    base = raw[contest.base]
+    if settings.rounds is not None and len(base) >= settings.rounds:
+        return True
+    if not is_look(len(base)):
+        return False
+    looks = [decided(log_ratios(raw[m], base), settings.margin) for m in (contest.subject, contest.control)]
+    return all(look.position != "open" for look in looks)
+
+
+def cpus(threads: int, chance: random.Random) -> list[int]:
+    """So many of the CPUs that this process may use, at random: not every round is on the same. Empty: the system decides."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    return sorted(chance.sample(sorted(os.sched_getaffinity(0)), threads))
+
+
+def cpus_allowed() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
