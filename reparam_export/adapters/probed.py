@@ -146,7 +146,7 @@ def exactly(dtype: Any) -> Iterator[None]:
     import torch
 
     default = torch.get_default_dtype()
-    with torch.no_grad():
+    with torch.no_grad(), torch.sparse.check_sparse_tensor_invariants(enable=False):  # type: ignore[no-untyped-call]  # else torch warns
         if dtype != torch.float64:
             yield
             return
