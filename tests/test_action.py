@@ -188,10 +188,11 @@ def test_the_workflow_uses_the_action_on_the_demo_with_inputs_that_it_has() -> N
     steps = WORKFLOW["jobs"]["demo"]["steps"]
     step = next(s for s in steps if s.get("uses") == "./")
     assert set(step["with"]) <= set(ACTION["inputs"])
-    demo = (ROOT / "pipelines" / "demo.py").read_text()
+    demo, flow = ((ROOT / "pipelines" / name).read_text() for name in ("demo.py", "flow.py"))
     assert step["with"]["checkpoint"] == "demo/ckpt.pt"
-    assert 'FOLDER / "ckpt.pt"' in demo
-    assert 'FOLDER / "samples.npy"' in demo
+    assert 'convert(FOLDER / "ckpt.pt"' in demo
+    assert step["with"]["args"] == "--inputs demo/ckpt.npz"
+    assert 'checkpoint.with_suffix(".npz")' in flow
     assert {found for s in steps for found in re.findall(r"outputs\.([\w-]+)", str(s.get("env", "")))} <= set(
         ACTION["outputs"]
     )
