@@ -5,6 +5,9 @@ Numerical Algorithms, section 3.1): |error of y| <= e. A stored value s is prove
 |(b - s) + y| + e is less than half a unit in the last place. The few entries for which that cannot be decided are computed again in
 float64 (Ziv, "Fast evaluation of elementary mathematical functions with correctly rounded last bit", 1991), so the result is that of
 float64 throughout. ``s`` is read back from the very bytes that are written. Each product is probed with random vectors (Freivalds 1977).
+
+From bfloat16 to bfloat16 the same is done in one compiled pass (``kernel.py``). So that its word is not the only one, some entries of every
+block, drawn at random, are computed again in float64, too.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ ENTRIES = 1 << 17  # of one block: its buffers stay in the processor's cache
 SPAN = 8  # blocks whose stored values are kept together, to be settled and written in one go
 PANEL = 512  # columns of one matrix product, which is fastest in near-square pieces
 PROBES = 4
+DRAWN = 32  # entries of a block of the compiled pass that are computed again whatever it says
 TINY = 1e-37  # covers what underflow of a product of float32 may lose
 
 
@@ -90,7 +94,7 @@ class Tally:
     detectable: float = 0.0  # largest row error that all probes would miss with chance 1e-6
     norm: float = 0.0  # |stored|^2 of a row, on average over the first ones
     undecided: int = 0  # entries computed again in float64
-    probing: float = 0.0  # seconds of this thread that the probes took
+    probing: float = 0.0  # seconds that the probes took
 
 
 @dataclass
@@ -104,17 +108,23 @@ class Fold:
     gates: Product | None
     probes: Array  # (columns, PROBES), in the dtype of the computation
     lengths: Array  # of the probes: their norms, and their sums of sizes
+    chance: np.random.Generator  # draws entries
     tally: Tally = field(default_factory=Tally)
 
     @classmethod
     def of(cls, values: Array, source: Format, target: Format, factors: tuple[Any, Any], seed: int) -> Fold:
         """factors: those that are added and those of the gates, both in stored orientation."""
         dtype = np.float32 if target.size == 2 and source is not F64 else np.float64
-        probes = np.random.default_rng(seed).standard_normal((values.shape[1], PROBES)).astype(np.float32)
+        chance = np.random.default_rng(seed)
+        probes = chance.standard_normal((values.shape[1], PROBES)).astype(np.float32)
         exact = probes.astype(np.float64)
         lengths = np.stack([np.linalg.norm(exact, axis=0), np.abs(exact).sum(axis=0)])
         added, gates = (Product.of(f, exact, dtype) for f in factors)
-        return cls(values, source, target, added, gates, np.ascontiguousarray(probes.astype(dtype)), lengths)
+        return cls(values, source, target, added, gates, np.ascontiguousarray(probes.astype(dtype)), lengths, chance)
+
+    @property
+    def compiled(self) -> bool:
+        return self.source is BF16 and self.target is BF16
 
     @property
     def roundoff(self) -> float:
@@ -127,6 +137,7 @@ class Workspace:
     def __init__(self, rows: int, columns: int, dtype: np.dtype[Any], target: Format) -> None:
         self.rows = rows
         self.b, self.y, self.z, self.s, self.d, self.g = (np.empty((rows, columns), dtype) for _ in range(6))
+        self.which = np.empty(rows * columns + 1, np.int64)
         self.out = np.empty((SPAN * rows, columns), target.raw)
         self.bits = np.zeros(-(-rows * columns // 8) * 8, bool)  # whole words, so that it can be searched by words
 
@@ -138,7 +149,8 @@ def fold_rows(fold: Fold, work: Workspace, start: int, stop: int) -> Array:
     error = 0.0
     for first in range(start, stop, work.rows):
         last = min(first + work.rows, stop)
-        found, e = fold_block(fold, work, (first, last), out[first - start : last - start])
+        of_block = compiled_block if fold.compiled else fold_block
+        found, e = of_block(fold, work, (first, last), out[first - start : last - start])
         if len(found):
             unsure.append(found + (first - start) * out.shape[1])
         error = max(error, e)
@@ -170,6 +182,39 @@ def fold_block(fold: Fold, work: Workspace, span: tuple[int, int], out: Array) -
     return undecided(d, z, work), e
 
 
+def compiled_block(fold: Fold, work: Workspace, span: tuple[int, int], out: Array) -> tuple[Array, float]:
+    """``fold_block`` for bfloat16, in one pass; the entries that are to be computed again hold some that were drawn."""
+    from reparam_export.streaming import kernel
+
+    n, tally = len(out), fold.tally
+    y, g = work.y[:n], work.g[:n]
+    raw = np.require(fold.values[slice(*span)], requirements=["C", "A"])
+    flat, y1, out1 = raw.reshape(-1), y.reshape(-1), out.reshape(-1)
+    e, size = TINY, 0.0
+    if fold.added is not None:
+        e += product(fold, fold.added, y, *span)
+        size += float(fold.added.size[slice(*span)].max())
+    else:
+        y.fill(0)
+    if fold.gates is not None:
+        largest = float(wide(np.bitwise_and(raw, 0x7FFF).max(keepdims=True), BF16).max())
+        e += product(fold, fold.gates, g, *span) * largest
+        size += float(fold.gates.size[slice(*span)].max()) * largest
+        kernel.gated(flat, y1, g.reshape(-1))
+    e += 8 * fold.roundoff * size
+    kernel.narrow(flat, y1, out1)
+    found = kernel.check(
+        flat, y1, float(np.nextafter(np.float32(e), np.float32(np.inf))), out1, work.which
+    )  # not less than e
+    if span[0] == 0:
+        stored = wide(out, BF16)
+        tally.norm = float(np.vdot(stored, stored)) / n
+    tally.changed += found.change
+    tally.kept += found.change - found.lost
+    tally.error = max(tally.error, found.error)
+    return np.concatenate([work.which[: found.unsure], fold.chance.integers(0, out.size, DRAWN)]), e
+
+
 def multiply(fold: Fold, work: Workspace, start: int, stop: int) -> float:
     """y into the workspace; the bound e of its error in any entry of the block."""
     n, u = stop - start, fold.roundoff
@@ -198,9 +243,9 @@ def product(fold: Fold, of: Product, out: Array, start: int, stop: int) -> float
     for column in range(0, of.width, PANEL):
         np.matmul(left, of.quick_right[:, column : column + PANEL], out=out[:, column : column + PANEL])
     each = (left.shape[1] + 4) * fold.roundoff * of.size[start:stop]  # k products and sums, the factors' own rounding
-    started = time.thread_time()
+    started = time.perf_counter()  # the clock of a thread takes longer to read than a probe takes
     probe(fold, of, out, start, each)
-    fold.tally.probing += time.thread_time() - started
+    fold.tally.probing += time.perf_counter() - started
     return float(each.max(initial=0))
 
 
@@ -213,7 +258,7 @@ def probe(fold: Fold, of: Product, out: Array, start: int, each: Array) -> None:
         panel = slice(column, column + PANEL)
         found += out[:, panel] @ fold.probes[panel]
     summed = 2 * (min(of.width, PANEL) + 4) * fold.roundoff * of.length[rows, None] * fold.lengths[0]
-    bound = summed + each[:, None] * fold.lengths[1]
+    bound = summed + (each[:, None] + (TINY if out.dtype == np.float32 else 0)) * fold.lengths[1]
     ratio = np.abs(found - expected) / np.maximum(bound, np.finfo(np.float64).tiny)
     worst = float(ratio.max(initial=0))
     if not worst <= 1:

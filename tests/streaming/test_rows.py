@@ -10,7 +10,7 @@ import torch
 
 from reparam_export.errors import FusionError
 from reparam_export.rounding import round_once
-from reparam_export.streaming import rows
+from reparam_export.streaming import kernel, rows
 from reparam_export.streaming.formats import BF16, F16, F32, F64, Format, finite, half_ulp, rounded, wide
 from reparam_export.streaming.rows import FaultError, Fold, fold_rows, workspace
 from reparam_export.verification.weights import half_ulp as half_ulp_of_torch
@@ -90,21 +90,64 @@ def test_what_exceeds_the_format_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_wrong_entry_of_the_rounded_block_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = rows.narrow
+@pytest.mark.parametrize("source", [BF16, F32], ids=lambda f: f.short)
+def test_a_wrong_entry_of_the_rounded_block_is_named(monkeypatch: pytest.MonkeyPatch, source: Format) -> None:
+    fold, exact = case(source, BF16, gates=True, seed=2)
+    place = kernel if fold.compiled else rows
+    honest = place.narrow
 
-    def faulty(z: Any, target: Format, out: np.ndarray, spare: Any) -> None:
-        honest(z, target, out, spare)
+    def faulty(*given: Any) -> None:
+        honest(*given)
+        out = given[2].reshape(-1, 201)
         if len(out) > 7:
             out[7, 30] += 2  # two units in the last place
 
-    fold, exact = case(BF16, BF16, gates=True, seed=2)
-    monkeypatch.setattr(rows, "narrow", faulty)
+    monkeypatch.setattr(place, "narrow", faulty)
     with pytest.raises(FaultError) as caught:
         folded(fold)
     assert (caught.value.row, caught.value.column) == (7, 30)
     assert caught.value.expected == pytest.approx(exact[7, 30], rel=1e-12)
     assert caught.value.ratio > 1
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_compiled_check_that_sees_nothing_is_not_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stored value one unit off, and a check that finds nothing: some entries are computed again in float64 all the same."""
+    fold, _ = case(BF16, BF16, gates=False, seed=2)
+    honest = kernel.narrow
+
+    def faulty(raw: np.ndarray, y: np.ndarray, out: np.ndarray) -> None:
+        honest(raw, y, out)
+        out += 1
+
+    monkeypatch.setattr(kernel, "narrow", faulty)
+    monkeypatch.setattr(kernel, "check", lambda *_: kernel.Seen(0, 1.0, 0.0, 0.0))
+    with pytest.raises(FaultError):
+        folded(fold)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("size", [1.0, 1e-20, 1e-38, 1e-40, 1e30])
+def test_bfloat16_of_any_size_is_that_of_float64(size: float) -> None:
+    """The smallest numbers have no float for half their spacing, so nothing is decided at once; the largest are next to infinity."""
+    generator = np.random.default_rng(0)
+    raw = rounded(generator.standard_normal((150, 201)) * size, BF16)
+    raw[0, :5] = 0x8000, 0x0000, 0x0001, 0x8001, 0x0080
+    left, right = generator.standard_normal((150, 5)), size * 1e-3 * generator.standard_normal((5, 201))
+    fold = Fold.of(raw, BF16, BF16, (((left, right),), ()), 0)
+    exact = wide(raw, BF16) + left @ right
+    assert np.array_equal(folded(fold), raw_of(round_once(torch.from_numpy(exact), torch.bfloat16)))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("odd", [0x7F80, 0xFF80, 0x7FC0, 0x7F7F])
+def test_bfloat16_that_is_not_finite_or_becomes_so_is_refused(odd: int) -> None:
+    fold, _ = case(BF16, BF16, gates=False, seed=1)
+    fold.values[17, 30] = odd
+    if odd == 0x7F7F:
+        fold = Fold.of(fold.values, BF16, BF16, (((np.full((150, 1), 1e37), np.ones((1, 201))),), ()), 0)
+    with pytest.raises(FusionError):
+        folded(fold)
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -17,7 +17,7 @@ import reparam_export as rx
 from reparam_export.checkpoints import read
 from reparam_export.errors import CheckpointError, EquivalenceError, FusionError, TensorMismatchError
 from reparam_export.folder import load_fused
-from reparam_export.streaming import NotStreamableError, plan_of, rows, stream
+from reparam_export.streaming import NotStreamableError, kernel, plan_of, rows, stream
 from reparam_export.verification.weights import half_ulp
 from streaming.models import HIDDEN, VOCAB, llama, lora, native
 
@@ -265,16 +265,16 @@ def test_a_fault_in_one_stored_entry_is_named_and_nothing_is_kept(
 ) -> None:
     base = llama(tmp_path / "base", shards=2)
     adapter = lora(tmp_path / "adapter", base)
-    honest = rows.narrow
+    honest = kernel.narrow
     count = [0]
 
-    def faulty(z: Any, target: Any, out: Any, spare: Any) -> None:
-        honest(z, target, out, spare)
+    def faulty(raw: Any, y: Any, out: Any) -> None:
+        honest(raw, y, out)
         count[0] += 1
         if count[0] == 9:
-            out[2, 3] ^= 1 << 9
+            out[3] ^= 1 << 9
 
-    monkeypatch.setattr(rows, "narrow", faulty)
+    monkeypatch.setattr(kernel, "narrow", faulty)
     with pytest.raises(EquivalenceError) as caught:
         fused_by_rows(adapter, tmp_path / "out")
     assert caught.value.layer in {a.module for a in read(adapter).adapters}
