@@ -8,6 +8,7 @@ import torch
 from flow import compare, convert, logits, onnx, train
 from real_data import docstrings
 from transformers import AutoTokenizer, BertForSequenceClassification
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from reparam_export.training import adapter_parameters, attach, save, trainable
 
@@ -21,6 +22,8 @@ TO: tuple[str, ...] = ("--to", "onnx")
 
 def main() -> int:
     """The number of predictions that differ between the unfused, the fused and the exported model."""
+    set_verbosity_error()  # the head is new: that is meant
+    disable_progress_bar()
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     out, classes = FOLDER / "hydra_bert", len(PACKAGES)
