@@ -7,18 +7,35 @@ decomposition of the base then); each of its layers, with the base layer inside,
 from __future__ import annotations
 
 import copy
+import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.affine import Tensor
 from reparam_export.checkpoints import Adapter, Bind, Parts, Source, Unbound
-from reparam_export.checkpoints._peft import PREFIX, on_base, other_settings, parts_of, targets, tuner_prefix
-from reparam_export.errors import FusionError, MissingBackendError, NotAffineError, TensorMismatchError
+from reparam_export.checkpoints._peft import PREFIX, on_base, other_settings, parts_of, tuner_prefix
+from reparam_export.errors import CheckpointError, FusionError, MissingBackendError, NotAffineError, TensorMismatchError
 
 if TYPE_CHECKING:
     from torch import nn
+
+MATCH_SECONDS = 5
+NOT_GIVEN = {  # to peft, so that nothing is looked up
+    "auto_mapping", "base_model_name_or_path", "revision", "runtime_config", "task_type", "peft_version",
+}  # fmt: skip
+MATCH_ALL = r"""
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for p in patterns:
+    try:
+        forms = [re.compile(f) for f in (p, rf"(.*\.)?({p})$", rf"(?:^|.*?\.){p}\.(\d+)\.", rf".*\.{p}$", rf"(^|.*\.){p}($|\..*)")]
+    except re.error:
+        continue  # peft will say so, if it is meant to be a pattern
+    for name in names:
+        forms[0].fullmatch(name), forms[0].search(name), [form.match(name) for form in forms]
+"""
 
 
 def read_layers(source: Source, note: str = "") -> Parts:
@@ -51,11 +68,7 @@ def bind_layers(source: Source, tokens: Sequence[Adapter]) -> Bind:
         peft = import_peft()
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        covers = targets(source.config)
-        if covers is not None:
-            covers(
-                [name for name, _ in module.named_modules()]
-            )  # a pattern that never ends is refused before peft meets it
+        check_patterns(source, [name for name, _ in module.named_modules()])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = peft.PeftConfig.from_peft_type(**_plain_settings(peft, source.config))
@@ -72,6 +85,45 @@ def bind_layers(source: Source, tokens: Sequence[Adapter]) -> Bind:
         ]
 
     return bind
+
+
+def check_patterns(source: Source, names: Sequence[str]) -> None:
+    """Every pattern of the configuration, as peft will match it with ``re``, ends on these names; tried in a process that can be ended.
+
+    Raises CheckpointError. A pattern is any text in it, however deep, with more than the signs of a plain name.
+    """
+    import re
+    import subprocess
+    import sys
+
+    given = {name: value for name, value in source.config.items() if name not in NOT_GIVEN}
+    patterns = sorted({text for text in _texts(given) if not re.fullmatch(r"[\w./ -]*", text)})
+    if not patterns:
+        return
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-c", MATCH_ALL],
+            input=json.dumps([patterns, list(names)]),
+            text=True,
+            timeout=MATCH_SECONDS,
+            check=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CheckpointError(
+            f"{source.path}: matching the patterns of adapter_config.json with the base's {len(names)} module names takes more than "
+            f"{MATCH_SECONDS} s: one of {', '.join(repr(p[:80]) for p in patterns[:3])}"
+        ) from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from (*_texts(key), *_texts(item))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def import_peft() -> Any:
@@ -99,14 +151,13 @@ def _plain_settings(peft: Any, config: Mapping[str, Any]) -> dict[str, Any]:
             f"peft {peft.__version__} does not know the peft_type {name!r}; install the version that wrote the folder"
         )
     known = inspect.signature(kinds[name]).parameters
-    left = {"auto_mapping", "base_model_name_or_path", "revision", "runtime_config", "task_type", "peft_version"}
     quiet = {"progressbar": False} if "progressbar" in known else {}
-    strange = [k for k in other_settings(config, known) if k not in left]
+    strange = [k for k in other_settings(config, known) if k not in NOT_GIVEN]
     if strange:
         raise FusionError(
             f"adapter_config.json sets {strange[0]}={str(config[strange[0]])[:80]}, which peft {peft.__version__} does not know for {name}"
         )
-    given = {k: v for k, v in config.items() if k in known and k not in left and v is not None}
+    given = {k: v for k, v in config.items() if k in known and k not in NOT_GIVEN and v is not None}
     return given | quiet | {"peft_type": name, "inference_mode": True}
 
 

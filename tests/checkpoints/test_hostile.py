@@ -14,7 +14,7 @@ from conftest import CASES, own_model
 from safetensors.torch import load_file, save_file
 
 import reparam_export as rx
-from reparam_export.checkpoints import NATIVE
+from reparam_export.checkpoints import NATIVE, _peft_layers
 from reparam_export.errors import CheckpointError, ReparamError, TensorMismatchError
 
 
@@ -158,6 +158,16 @@ def test_a_pattern_that_would_take_for_ever_does_not(tmp_path: Path, config: dic
     """Python's own ``re`` does not come back from these; here they match nothing, or run into the time limit."""
     with contextlib.suppress(ReparamError):
         rx.fuse(rx.read(peft_copy(tmp_path, **config)))
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "alpha_pattern", "rank_pattern"])
+def test_nor_does_one_that_peft_itself_would_match(tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What peft's own layers are made by gets patterns only once they have been tried in a process that can be ended."""
+    monkeypatch.setattr(_peft_layers, "MATCH_SECONDS", 1)
+    endless = "(([a-z_.0-9])+.?)+[!]"
+    value: Any = {endless: 5} if field.endswith("pattern") else endless
+    with pytest.raises(CheckpointError, match="takes more than 1 s"):
+        rx.fuse(rx.read(peft_copy(tmp_path, init_lora_weights="pissa", **{field: value})))
 
 
 ADAPTER = {
