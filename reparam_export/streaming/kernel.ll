@@ -6,6 +6,24 @@ declare float @llvm.fabs.f32(float)
 declare i32 @llvm.umax.i32(i32, i32)
 declare i64 @llvm.umin.i64(i64, i64)
 
+; exact, into float64
+define void @widen(ptr noalias %raw, ptr noalias %out, i64 %n) {
+start:
+  br label %loop
+loop:
+  %i = phi i64 [ 0, %start ], [ %next, %loop ]
+  %raw.i = getelementptr inbounds i16, ptr %raw, i64 %i
+  %single = call float @widened(ptr %raw.i)
+  %b = fpext float %single to double
+  %out.i = getelementptr inbounds double, ptr %out, i64 %i
+  store double %b, ptr %out.i, align 8
+  %next = add nuw nsw i64 %i, 1
+  %end = icmp eq i64 %next, %n
+  br i1 %end, label %done, label %loop
+done:
+  ret void
+}
+
 ; y[i] += gate[i] * b[i]
 define void @gated(ptr noalias %raw, ptr noalias %y, ptr noalias %gate, i64 %n) {
 start:

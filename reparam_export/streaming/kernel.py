@@ -26,6 +26,15 @@ class Seen:
     error: float
 
 
+def widen(raw: Array) -> Array:
+    """bfloat16 (uint16, any shape) as a new float64 array, exactly."""
+    out = np.empty(raw.shape, np.float64)
+    raw = np.require(raw, requirements=["C", "A"])
+    if raw.size:
+        _compiled().widen(raw.ctypes.data, out.ctypes.data, raw.size)
+    return out
+
+
 def gated(raw: Array, y: Array, gate: Array) -> None:
     """y += gate * b. Here and below raw, out are uint16, y, gate float32; all arrays flat, contiguous and of one length."""
     _check(raw, y, gate)
@@ -65,6 +74,7 @@ class _Library:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
         place, size = ctypes.c_void_p, ctypes.c_int64
+        self.widen = ctypes.CFUNCTYPE(None, place, place, size)(engine.get_function_address("widen"))
         self.narrow = ctypes.CFUNCTYPE(None, place, place, place, size)(engine.get_function_address("narrow"))
         self.gated = ctypes.CFUNCTYPE(None, place, place, place, size)(engine.get_function_address("gated"))
         self.check = ctypes.CFUNCTYPE(size, place, place, ctypes.c_float, place, place, place, place, size)(

@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from reparam_export.streaming.formats import Array, Format, wide
+from reparam_export.streaming import kernel
+from reparam_export.streaming.formats import BF16, Array, Format, wide
 
 CHUNK = 1 << 17  # entries widened to float64 at a time: they stay in cache
 
@@ -85,7 +86,8 @@ class Mapped:
         inputs = self.transposed != self.of_watch  # rows of values are W's inputs
         seen = None if watch is None else np.zeros((len(watch.x), columns if inputs else rows))
         for start in range(0, rows, step):
-            block = wide(self.values[start : start + step], self.of)
+            values = self.values[start : start + step]
+            block = kernel.widen(values) if self.of is BF16 else wide(values, self.of)
             if watch is not None and seen is not None:
                 part = slice(start, start + len(block))
                 if inputs:
