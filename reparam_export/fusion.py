@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Advance = Callable[[int, int], None]
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 NARROWEST_FIRST = ("bf16", "fp16", "fp32")
+LOST = 0.01  # share of the change below which nothing of it is left
 ENOUGH = 0.99  # what --dtype auto asks of every layer
 
 
@@ -107,8 +108,9 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | No
     if not kept and not replaces(checkpoint):
         raise FusionError(
             f"{checkpoint.path}: the adapter changes nothing: every fused weight equals the base's. "
-            "It was never trained, or the training code never switched it on (as Hydra's published nlu code does)"
+            "It was never trained, or the code that trained it never switched it on"
         )
+    check_kept(checkpoint, survival_of(kept)["overall"])
     new = once(new, aliases)
     tensors = {name: _cast(name, tensor, storage) for name, tensor in state.items() if name not in new} | new
     _check_finite(tensors)
@@ -180,13 +182,25 @@ def _folded(
         ) from error
 
 
+def check_kept(checkpoint: Checkpoint, overall: float) -> None:
+    """Raises FusionError when the storage keeps next to nothing of the adapter: the model would be the base."""
+    if overall < LOST:
+        raise FusionError(
+            f"{checkpoint.path}: the storage format keeps {100 * overall:.2g} % of the adapter's change: the fused model would be "
+            "the base. Choose a wider one with --dtype fp32"
+        )
+
+
 def check_covered(names: list[str], checkpoint: Checkpoint) -> None:
     """Every module that the training code adapts has its adapter, and a list of paths met the layers in their order.
 
     names: of the base's modules with a weight, in the model's order. Raises TensorMismatchError, CheckpointError.
     """
     adapted = {a.module for a in checkpoint.adapters}
-    missing = [name for name in checkpoint.covers(names) if name not in adapted]
+    wanted = checkpoint.covers(names)
+    if checkpoint.only:
+        _check_only(checkpoint, set(checkpoint.covers([*names, *adapted])))
+    missing = [name for name in wanted if name not in adapted]
     if missing:
         raise TensorMismatchError(
             f"{checkpoint.path}: {len(missing)} module(s) that a {checkpoint.format} checkpoint adapts have no adapter in it, "
@@ -203,6 +217,21 @@ def check_covered(names: list[str], checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: its layers do not stand in the model's order, so a list of paths cannot be matched to them "
             "(a file that was saved again may be sorted by name); give the paths by layer name"
         )
+
+
+def _check_only(checkpoint: Checkpoint, wanted: set[str]) -> None:
+    """Raises TensorMismatchError for an adapter on a module that its configuration leaves out: whoever loads it, leaves it out."""
+    for adapter in checkpoint.adapters:
+        own = adapter.module in wanted or adapter.module.rpartition(".")[0] in wanted  # a part of an attention module
+        if not own and adapter.parameter is None and adapter.kind != "tokens":
+            raise TensorMismatchError(
+                f"{checkpoint.path}: {adapter.module} has an adapter in the file, and the configuration does not adapt it (target_modules, "
+                "exclude_modules, layers_to_transform, modules_to_save); file and configuration do not belong together",
+                module=adapter.module,
+                tensor="weight",
+                expected=None,
+                found="an adapter",
+            )
 
 
 def fold_site(

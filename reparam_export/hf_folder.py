@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.errors import CheckpointError, ExportError
+from reparam_export.errors import CheckpointError, ExportError, TensorMismatchError
 from reparam_export.models import Base, split_argument
 
 if TYPE_CHECKING:
@@ -104,6 +104,15 @@ def structure_of(config: Mapping[str, Any], names: Collection[str], base: Base, 
     """names: of the tensors in the files; exact: the order of the modules matters. Raises what the base's scheme raises when it builds."""
     if exact or not is_known(config):
         return _built(_skeleton(base), names)
+    heads = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
+    if heads and HEAD not in names and config.get("tie_word_embeddings") is False:
+        raise TensorMismatchError(
+            f"{base.spec}: {HEAD} is missing: config.json says that it is not tied to the embedding, and no file holds it",
+            module=HEAD.removesuffix(".weight"),
+            tensor="weight",
+            expected=HEAD,
+            found=None,
+        )
     tied = HEAD not in names or bool(config.get("tie_word_embeddings", False))
     modules = tuple(name.removesuffix(".weight") for name in names if name.endswith(".weight"))
     return Structure(

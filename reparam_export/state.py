@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".tar")
 WRAPPERS = ("model", "state_dict")
+CODE = 1 << 26  # bytes of one file of code in a TorchScript archive
+UNPACKED = 50  # times the size of an .npz file: weights do not shrink so far
 
 # Buffers that hold no learned number: later versions of the libraries compute them, so files have them and models do
 # not. Each is (name, dtypes): a learned tensor of that name would have another dtype.
@@ -84,10 +86,19 @@ def _npz(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
+        _check_unpacked(path)
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise _unreadable(path, "a whole .npz file of plain arrays", error) from error
+
+
+def _check_unpacked(path: Path) -> None:
+    """Raises ValueError for an archive that unpacks to far more than weights do."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > UNPACKED * path.stat().st_size + (1 << 20):
+        raise ValueError(f"it unpacks to {size:,} bytes")
 
 
 def _is_torch_script(path: Path) -> bool:
@@ -97,16 +108,35 @@ def _is_torch_script(path: Path) -> bool:
         return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
 
 
+def _refuse_code(path: Path) -> None:
+    """Raises CheckpointError for an archive that runs something when it is loaded: a ``__setstate__`` of its own, or a C++ class."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            name = entry.filename
+            if "/data/" in name or ("/constants/" in name and not name.endswith(".pkl")):
+                continue  # numbers
+            if entry.file_size > CODE:
+                raise CheckpointError(f"weights {path}: {name} unpacks to {entry.file_size:,} bytes of code")
+            text = archive.read(name)
+            found = next((word for word in (b"__setstate__", b"torch.classes") if word in text), None)
+            if found:
+                raise CheckpointError(
+                    f"weights {path}: this TorchScript archive runs code of its own when it is loaded ({found.decode()} in {name}); "
+                    "save its state_dict with torch.save, or as .safetensors"
+                )
+
+
 def _torch_script(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
+        _refuse_code(path)
         with warnings.catch_warnings():
             for category in (DeprecationWarning, FutureWarning):
                 warnings.filterwarnings("ignore", message=r".*torch\.jit.*", category=category)
             archive: Any = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
             state: dict[str, Tensor] = dict(archive.state_dict())
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise _unreadable(path, "a whole TorchScript archive", error) from error
     return {name: tensor.detach() for name, tensor in state.items()}
 

@@ -236,3 +236,28 @@ def test_a_number_beyond_the_format_is_refused() -> None:
         nn.init.constant_(layer.weight, 6e4)
     with pytest.raises(FusionError, match=r"not finite after rounding to torch.float16"):
         rx.fuse_module(module)
+
+
+class Gated(nn.Module):
+    """Affine but for one condition on what it is given."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.layer, self.when = nn.Linear(8, 8), when
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        odd = {
+            "large": float(y.abs().max()) > 1000,
+            "batch": x.shape[0] > 64,
+            "position": x.ndim > 2 and x.shape[-2] > 3,
+            "dtype": x.dtype == torch.float32,
+        }
+        return y * 2 if odd[self.when] else y
+
+
+@pytest.mark.parametrize("when", ["large", "batch", "position", "dtype"])
+def test_a_module_that_answers_otherwise_now_and_then_is_refused(when: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(NotAffineError):
+        rx.fuse_module(Gated(when))

@@ -220,3 +220,38 @@ def test_checks_what_a_checkpoint_replaces() -> None:
         with pytest.raises(TensorMismatchError) as caught:
             check_replaced(module, {name: shape})
         assert (caught.value.tensor, caught.value.expected, caught.value.found) == (name, shape, found)
+
+
+def test_a_torchscript_archive_that_runs_code_when_it_is_loaded_is_refused_unloaded(tmp_path: Path) -> None:
+    written = tmp_path / "written.pt"
+
+    class Sets(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+            self.place = str(written)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight
+
+        @torch.jit.export
+        def __getstate__(self) -> tuple[torch.Tensor, str, bool]:
+            return self.weight, self.place, self.training
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[torch.Tensor, str, bool]) -> None:
+            self.weight, self.place, self.training = state[0], state[1], state[2]
+            torch.save(self.weight, self.place)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(Sets()).save(str(tmp_path / "w.pt"))
+    with pytest.raises(CheckpointError, match="runs code of its own"):
+        load_state(tmp_path / "w.pt")
+    assert not written.exists()
+
+
+def test_an_archive_that_unpacks_to_far_more_than_it_is_is_refused(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "w.npz", a=np.zeros(10**8, np.uint8))
+    with pytest.raises(CheckpointError, match="unpacks to"):
+        load_state(tmp_path / "w.npz")

@@ -215,7 +215,10 @@ def _write_numbered(path: Path, state: Mapping[str, Tensor]) -> None:
 
 def _resized(model: Any, state: Mapping[str, Tensor], prefix: str) -> list[str]:
     """The arrays that timm would resample to the model's image or patch size: another function than the file's."""
-    height, width, channels, wide = state[f"{prefix}embedding/kernel"].shape
+    kernel = tuple(state[f"{prefix}embedding/kernel"].shape)
+    if len(kernel) != 4:
+        return [f"{prefix}embedding/kernel"]
+    height, width, channels, wide = kernel
     patches = (wide, channels, height, width)
     found = [] if tuple(model.patch_embed.proj.weight.shape) == patches else [f"{prefix}embedding/kernel"]
     for name in (f"{prefix}Transformer/posembed_input/pos_embedding", f"{prefix}pos_embedding"):

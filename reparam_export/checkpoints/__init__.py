@@ -171,6 +171,7 @@ class Parts:
     base_state: Mapping[str, Tensor] = field(default_factory=dict)  # the whole base, where the checkpoint carries it
     notes: tuple[str, ...] = ()
     covers: Covers | None = None  # which of a base's modules must be adapted; None: all alike those that are
+    only: bool = False  # may no others be adapted?
     bind: Bind | None = (
         None  # where the adapters need the base (its names, its sizes, its numbers): makes them; ``adapters`` stand for them
     )
@@ -195,6 +196,7 @@ class Checkpoint:
     notes: tuple[str, ...]
     recipe: Recipe
     covers: Covers
+    only: bool
     positional: bool
     missing: tuple[MissingSettingError, ...] = ()
     bind: Bind | None = None  # the adapters of this base, where ``adapters`` only stand for them
@@ -289,6 +291,7 @@ def read(
             inputs=tuple(inputs),
         ),
         covers=parts.covers or siblings(parts.adapters),
+        only=parts.only,
         positional=given.positional,
         missing=tuple(given.missing),
         bind=parts.bind,

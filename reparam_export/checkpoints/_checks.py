@@ -60,8 +60,8 @@ def check_finite(path: Path, parts: Parts | Checkpoint) -> None:
         integers = name in parts.replaced or name.endswith("indices") or ": tensors." in name
         if not real and not (integers and "int" in str(tensor.dtype)):
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}; expected 16, 32 or 64 bit floating point numbers")
-        if hasattr(tensor, "is_meta") and (tensor.is_meta or tensor.is_sparse or tensor.is_quantized):
-            raise CheckpointError(f"{path}: {name} is not a plain dense tensor")
+        if hasattr(tensor, "is_meta") and not _plain(tensor):
+            raise CheckpointError(f"{path}: {name} is not a plain dense tensor that holds all of its entries")
     for adapter in parts.adapters:
         where = f"{path}: {adapter.module}"
         map_tensors(adapter.params, lambda t: t, partial(_finite_number, where))
@@ -70,6 +70,13 @@ def check_finite(path: Path, parts: Parts | Checkpoint) -> None:
         raise CheckpointError(
             f"{path}: {len(bad)} tensor(s) hold NaN or infinity, first {bad[0]}; this training run diverged"
         )
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Is it dense, with as many numbers in memory as it has entries? One that was expanded can have any size."""
+    if tensor.is_meta or str(tensor.layout) != "torch.strided" or tensor.is_quantized:
+        return False
+    return bool(tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
 
 
 def non_finite(parts: Parts | Checkpoint) -> list[str]:

@@ -127,7 +127,8 @@ def parts_of(source: Source, claim: Claim, adapters: Sequence[Adapter], check: C
     claim.finish()
     needs_base = check is not None or any(adapter.kind == "tokens" for adapter in found)
     bind = partial(on_base, check, found) if needs_base else None
-    return Parts(found, replaced, base=base_spec(source), covers=targets(source.config), bind=bind)
+    covers = targets(source.config)
+    return Parts(found, replaced, base=base_spec(source), covers=covers, only=covers is not None, bind=bind)
 
 
 def on_base(check: Check | None, adapters: Sequence[Adapter], module: nn.Module) -> list[Adapter]:

@@ -58,7 +58,7 @@ def read_layers(source: Source, note: str = "") -> Parts:
     tokens = [a for a in parts.adapters if a.kind == "tokens"]
     notes = (note or f"peft's own {kind} layers, probed one by one",)
     # peft itself says which modules are adapted, and that each has its tensors: OSF leaves out what is no nn.Linear, though it is named
-    return replace(parts, bind=bind_layers(source, tokens), notes=notes, covers=lambda names: [])
+    return replace(parts, bind=bind_layers(source, tokens), notes=notes, covers=lambda names: [], only=False)
 
 
 def bind_layers(source: Source, tokens: Sequence[Adapter]) -> Bind:

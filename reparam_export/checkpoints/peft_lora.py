@@ -192,7 +192,7 @@ def _of_parameters(source: Source, claim: Claim, modules: Sequence[str]) -> Part
         for full, (a, b, layer) in pairs.items()
     ]
     parts = parts_of(source, claim, waiting)
-    return replace(parts, bind=bind, covers=lambda names: [])
+    return replace(parts, bind=bind, covers=lambda names: [], only=False)
 
 
 def _plain(source: Source, name: str, a: Tensor, b: Tensor, layer: Layer) -> Adapter:

@@ -43,4 +43,4 @@ def read(source: Source) -> Parts:
         n.removeprefix(PREFIX).partition(".ln_tuning_layers.")[0] for n in source.tensors if ".ln_tuning_layers." in n
     }
     meant = targets(source.config) or (lambda names: [])
-    return replace(parts, covers=lambda names: [name for name in meant(names) if name not in trained])
+    return replace(parts, covers=lambda names: [name for name in meant(names) if name not in trained], only=False)

@@ -34,7 +34,9 @@ def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool =
         try:
             plan = plan_of(checkpoint, None if recipe.dtype == "auto" else recipe.dtype)
         except NotStreamableError as reason:
-            console.line(f"note: folded in memory, not shard by shard: {reason}")
+            console.line(
+                f"note: folded in memory, not shard by shard: {reason}; the result is {folder / 'fused.safetensors'}"
+            )
             check_memory(checkpoint, str(reason))
     if plan is not None and recipe.dtype == "auto":
         from reparam_export.streaming.survey import one_for_all

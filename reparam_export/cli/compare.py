@@ -10,7 +10,7 @@ import click
 from reparam_export.cli._latency import MEASURE, gate, settings_of, show, watched
 from reparam_export.cli._options import JSON
 from reparam_export.cli._stages import console_of
-from reparam_export.errors import EquivalenceError
+from reparam_export.errors import EquivalenceError, UsageError
 
 if TYPE_CHECKING:
     from reparam_export.comparison import Comparison
@@ -42,6 +42,10 @@ def command(
     from reparam_export import compare
 
     console = console_of(as_json)
+    if no_latency and "latency" in fail_on:
+        raise UsageError(
+            "--no-latency and --fail-on latency: what is not measured cannot be judged; leave one of them out"
+        )
     given, settings = settings_of(options)
     with console.stage("compare") as advance:
         latency = not no_latency

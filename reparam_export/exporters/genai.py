@@ -74,7 +74,7 @@ def write(source: Path, path: Path, cache: Path) -> None:
     if made.returncode != 0 or not (path / "genai_config.json").is_file():
         said = [line for line in made.stderr.splitlines() if line.strip()]
         raise ExportError(
-            f"onnxruntime-genai's builder does not take {source.name}: {said[-1] if said else f'exit code {made.returncode}'}; "
+            f"onnxruntime-genai's builder does not take this model: {said[-1].rstrip('.;') if said else f'exit code {made.returncode}'}; "
             "it needs a decoder that it knows, with its tokenizer in the base's folder"
         )
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_args
 from reparam_export.analysis import BranchAnalysis
 from reparam_export.errors import CheckpointError
 from reparam_export.exporters.artifact import Artifact
+from reparam_export.files import sha256
 from reparam_export.latency.measurement import Measurement
 from reparam_export.latency.measurement import from_json as measurement_from_json
 from reparam_export.verification.certificate import (
@@ -46,7 +47,7 @@ class Exported:
 
     artifact: Artifact
     audit: dict[str, Any] | None
-    stale: bool  # made from other weights than those in the folder
+    stale: str  # why it is not what was proven: other weights, another file; "" when it is
 
     @property
     def tensors_found(self) -> tuple[str, ...]:
@@ -103,6 +104,8 @@ def read_evidence(folder: Path) -> Evidence:
     raw = _load(folder, "verification.json")
     certificate = _certificate(folder, raw) if raw is not None else None
     why = _why_unproven(fused, certificate)
+    if not why and certificate is not None and certificate.verdict != "wrong":
+        why = _changed(folder, fused)
     return Evidence(
         folder=folder,
         fused=fused,
@@ -146,6 +149,22 @@ def _why_unproven(fused: dict[str, Any], certificate: Certificate | None) -> str
         return f"verification.json is about other weights (sha256 {proven}) than these ({here})"
     if fused["changed"] and not certificate.layers:
         return "verification.json holds no layer, although fusion changed tensors"
+    return ""
+
+
+def _changed(folder: Path, fused: dict[str, Any]) -> str:
+    """What is no longer as it was proven: the weights themselves, against their digests. Weights that were taken away say nothing."""
+    from reparam_export.folder import WEIGHTS
+    from reparam_export.streaming.audit import changed_since, weights_digest
+
+    try:
+        if "weights" in fused and (folder / str(fused["weights"])).is_dir():
+            found = changed_since(folder, fused)
+            return f"{fused['weights']}: {found[0]}" if found else ""
+        if (folder / WEIGHTS).is_file() and weights_digest(folder / WEIGHTS) != fused["weights_sha256"]:
+            return f"{WEIGHTS} does not hold the weights that were proven"
+    except CheckpointError as error:
+        return str(error)
     return ""
 
 
@@ -202,7 +221,7 @@ def _exported(folder: Path, weights_sha256: str) -> tuple[Exported, ...]:
     if raw is None:
         return ()
     try:
-        return tuple(_one_exported(each, weights_sha256) for each in raw["artifacts"])
+        return tuple(_one_exported(folder, each, weights_sha256) for each in raw["artifacts"])
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(folder, "artifact.json", _reason(error)) from error
 
@@ -223,14 +242,19 @@ def _measured(folder: Path, weights_sha256: str, exported: tuple[Exported, ...])
     return Measured(found, "")
 
 
-def _one_exported(raw: dict[str, Any], weights_sha256: str) -> Exported:
+def _one_exported(folder: Path, raw: dict[str, Any], weights_sha256: str) -> Exported:
     outputs = tuple(_output(each) for each in raw.get("outputs", ()))
     kept = tuple((str(name), str(reason)) for name, reason in raw.get("kept_fp32", ()))
     artifact = _typed(Artifact, raw, {"outputs": outputs, "audit": None, "kept_fp32": kept})
     audit = raw.get("audit")
     if audit is not None and not isinstance(audit, dict):
         raise ValueError("audit is not an object")
-    return Exported(artifact=artifact, audit=audit, stale=artifact.weights_sha256 != weights_sha256)
+    stale = ""
+    if artifact.weights_sha256 != weights_sha256:
+        stale = f"was made from other weights (sha256 {artifact.weights_sha256[:12]}) than those in this folder"
+    elif artifact.path and (folder / artifact.path).exists() and sha256(folder / artifact.path) != artifact.sha256:
+        stale = "is not the file that was exported and compared"
+    return Exported(artifact=artifact, audit=audit, stale=stale)
 
 
 def _analysis(folder: Path, checkpoint_sha256: object) -> tuple[BranchAnalysis, ...]:

@@ -11,6 +11,7 @@ from reparam_export.report.branches import TONES, branch_names, branch_plot, num
 from reparam_export.report.evidence import Evidence
 from reparam_export.report.plots import OUTPUTS_DRAWN, layer_plot, output_plot
 from reparam_export.report.statement import (
+    LITTLE,
     checkpoint_facts,
     failures,
     headline,
@@ -24,7 +25,6 @@ from reparam_export.report.statement import (
 from reparam_export.verification.certificate import Certificate, LayerEvidence
 from reparam_export.verification.survival import least, overall
 
-LITTLE = 0.9  # below this share of the change kept, the reader is told what would keep it
 AUDIT_NAMES = {
     "fused_tensors": "Tensors changed by fusion",
     "bitwise": "Found bit for bit in the plan",

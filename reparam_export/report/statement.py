@@ -10,7 +10,9 @@ from reparam_export.report import latency
 from reparam_export.report.evidence import Evidence, Exported
 from reparam_export.report.numbers import number, percent, plural, size
 from reparam_export.verification.certificate import Certificate, GraphEvidence, LayerEvidence, OutputEvidence
+from reparam_export.verification.survival import overall
 
+LITTLE = 0.9  # below this share of the change kept, the reader is told
 ReportVerdict = Literal["exact", "rounded", "wrong", "unproven"]
 
 
@@ -37,8 +39,19 @@ def headline(evidence: Evidence) -> str:
         return f"Not proven: {evidence.why_unproven}{_written_sentence(evidence)}"
     if said == "unproven":
         return f"Not proven: {_first_failure(evidence)}"
-    parts = [_layers_sentence(certificate), _output_sentence(certificate), graph_sentence(certificate.graph)]
+    parts = [
+        _layers_sentence(certificate),
+        _output_sentence(certificate),
+        graph_sentence(certificate.graph),
+        _kept_sentence(certificate),
+    ]
     return f"Proven: {'; '.join(part for part in parts if part)}"
+
+
+def _kept_sentence(certificate: Certificate) -> str:
+    """Said on top when the storage format loses much of the adapter: the fused model is exact, and less than what was trained."""
+    kept = overall(certificate.layers)
+    return f"but the storage format keeps only {percent(kept)} of the adapter's change" if kept < LITTLE else ""
 
 
 def checkpoint_facts(evidence: Evidence) -> dict[str, object]:
@@ -120,7 +133,7 @@ def artifact_failures(exported: Exported) -> Iterator[str]:
     """Why an artefact does not stand for the proven weights."""
     artifact = exported.artifact
     if exported.stale:
-        yield f"{artifact.path} was made from other weights (sha256 {artifact.weights_sha256[:12]})"
+        yield f"{artifact.path} {exported.stale}"
     if exported.tensors_found:
         found = exported.tensors_found
         yield f"{artifact.path} still holds {plural(len(found), 'adapter tensor')}, first {found[0]}"

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from reparam_export.errors import ExportError, FusionError
-from reparam_export.files import fingerprint
+from reparam_export.files import fingerprint, sha256
+from reparam_export.fusion import check_kept
 from reparam_export.hf_folder import carried
 from reparam_export.state import digest_of
-from reparam_export.streaming.formats import FORMATS
+from reparam_export.streaming.formats import FORMATS, torch_name
 from reparam_export.streaming.plan import Plan, plan_of
 from reparam_export.streaming.shards import Place
 from reparam_export.streaming.source import NotStreamableError
@@ -57,13 +58,14 @@ def stream(
         raise
     try:
         Work(plan, staging, advance).run()
-        record = record_of(plan, staging, dtype, time.perf_counter() - started)
         if all(layer.change == 0 for layer in layers_of(staging)) and not plan.created and not _biases_changed(staging):
             raise FusionError(
                 f"{plan.checkpoint.path}: the adapter changes nothing: every fused weight equals the base's. "
-                "It was never trained, or the training code never switched it on (as Hydra's published nlu code does)"
+                "It was never trained, or the code that trained it never switched it on"
             )
+        check_kept(plan.checkpoint, overall(layers_of(staging)))
         _beside(plan, staging)
+        record = record_of(plan, staging, dtype, time.perf_counter() - started)
         staging.commit(record)
     except OSError as error:
         staging.abandon()
@@ -118,7 +120,7 @@ def record_of(plan: Plan, staging: Staging, dtype: str | None, seconds: float) -
     ]
     storage: dict[str, int] = {}
     for place in own.values():
-        storage[torch_dtype(place)] = storage.get(torch_dtype(place), 0) + 1
+        storage[torch_name(place.code)] = storage.get(torch_name(place.code), 0) + 1
     recipe = replace(checkpoint.recipe, dtype=dtype or (plan.storage.short if plan.storage else None))
     return {
         "checkpoint": checkpoint.describe(),
@@ -127,7 +129,7 @@ def record_of(plan: Plan, staging: Staging, dtype: str | None, seconds: float) -
         "weights": WEIGHTS,
         "storage": storage,
         "dtype": plan.storage.short if plan.storage else None,
-        "weights_sha256": digest_of((n, f"torch.{torch_dtype(p)}", p.shape, digests[n]) for n, p in own.items()),
+        "weights_sha256": digest_of((n, f"torch.{torch_name(p.code)}", p.shape, digests[n]) for n, p in own.items()),
         "changed": {name: list(own[name].shape) for name in sorted(changed)},
         "created": list(plan.created),
         "replaced": sorted(checkpoint.replaced),
@@ -139,6 +141,9 @@ def record_of(plan: Plan, staging: Staging, dtype: str | None, seconds: float) -
         "seconds": round(seconds, 3),
         "cpu_seconds": _cpu_seconds(staging),
         "shards": {shard.name: shard.size for shard in plan.shards},
+        "beside": {
+            file.name: sha256(file) for file in sorted(staging.weights.iterdir()) if file.name not in staging.finished
+        },
         "tensors": {name: digest.hex() for name, digest in sorted(digests.items())},
         "survival": {
             "overall": overall(layers),
@@ -180,14 +185,6 @@ def apart_of(plan: Plan, places: Mapping[str, Place]) -> set[str]:
 
     constants = {n for n in places if n not in plan.touched and n.endswith(tuple(end for end, _ in CONSTANTS))}
     return set(plan.zeros) | {n for n in plan.ties if n in places} | constants
-
-
-def torch_dtype(place: Place) -> str:
-    """The dtype of a place as torch names it."""
-    if place.code in FORMATS:
-        return FORMATS[place.code].torch
-    names = {"I": "int", "U": "uint", "F": "float"}
-    return "bool" if place.code == "BOOL" else names[place.code[0]] + place.code[1:]
 
 
 def _beside(plan: Plan, staging: Staging) -> None:

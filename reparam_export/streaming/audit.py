@@ -11,7 +11,9 @@ from blake3 import blake3
 
 from reparam_export.checkpoints import Checkpoint
 from reparam_export.errors import EquivalenceError, ReparamError
-from reparam_export.streaming.formats import FORMATS, Array, wide
+from reparam_export.files import sha256
+from reparam_export.state import digest_of
+from reparam_export.streaming.formats import FORMATS, Array, torch_name, wide
 from reparam_export.streaming.layers import Buffers, fold_layer
 from reparam_export.streaming.plan import Plan, plan_of
 from reparam_export.streaming.shards import Stored, open_shard
@@ -19,23 +21,46 @@ from reparam_export.streaming.staging import WEIGHTS
 
 
 def check_streamed(out: Path, record: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Raises EquivalenceError that names the first tensor, and its first entry, that is not what was written and proven."""
-    proven: dict[str, str] = dict(record.get("tensors") or {})
+    """Raises EquivalenceError that names the first file or tensor, and its first entry, that is not what was written and proven."""
+    changed = changed_since(out, record)
+    if changed is None:
+        return
+    what, tensor = changed
+    where = "" if tensor is None else _where(checkpoint, record.get("dtype"), tensor)
+    layer = None if tensor is None else tensor.name.rpartition(".")[0]
+    raise EquivalenceError(f"{out / WEIGHTS}: {what}{where}; run fuse again", layer=layer)
+
+
+def changed_since(out: Path, record: Mapping[str, Any]) -> tuple[str, Stored | None] | None:
+    """What is not as it was written and proven, and the tensor, if it is one; None when everything is."""
+    folder = out / WEIGHTS
+    proven, beside = (dict(record.get(key) or {}) for key in ("tensors", "beside"))
+    shards = {file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")}
+    others = {file.name for file in folder.iterdir() if file.name.endswith(".index.json") or file.name == "config.json"}
+    for name in sorted((shards ^ set(record.get("shards") or ())) | (others - beside.keys())):
+        return f"{name} is {'new' if (folder / name).exists() else 'missing'} since the weights were proven", None
+    for name, digest in beside.items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            return f"{name} is not the file that was written with the weights", None
     found: dict[str, Stored] = {}
-    for file in sorted((out / WEIGHTS).glob("*.safetensors")):
-        found |= open_shard(file)
-    odd = sorted(found.keys() ^ proven.keys())
-    if odd:
-        raise EquivalenceError(
-            f"{out / WEIGHTS}: tensor {odd[0]} is {'new' if odd[0] in found else 'missing'} since the weights were proven; run fuse again"
-        )
+    for name in sorted(shards):
+        tensors = open_shard(folder / name)
+        twice = next((n for n in tensors if n in found), None)
+        if twice:
+            return f"tensor {twice} stands in two files", None
+        found |= tensors
+    for name in sorted(found.keys() ^ proven.keys()):
+        return f"tensor {name} is {'new' if name in found else 'missing'} since the weights were proven", None
     for name, tensor in found.items():
         if blake3(tensor.raw.data).hexdigest() != proven[name]:
-            where = _where(checkpoint, record.get("dtype"), tensor)
-            raise EquivalenceError(
-                f"{out / WEIGHTS}: {name} is not the tensor that was proven{where}; run fuse again",
-                layer=name.rpartition(".")[0],
-            )
+            return f"{name} is not the tensor that was proven", tensor
+    return None
+
+
+def weights_digest(file: Path) -> str:
+    """``state.digest`` of one file's tensors, without torch."""
+    found = open_shard(file).items()
+    return digest_of((n, f"torch.{torch_name(t.code)}", t.shape, blake3(t.raw.data).digest()) for n, t in found)
 
 
 def _where(checkpoint: Checkpoint, storage: str | None, tensor: Stored) -> str:

@@ -43,6 +43,14 @@ SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I
 }
 
 
+def torch_name(code: str) -> str:
+    """The dtype that safetensors calls this, as torch names it."""
+    if code in FORMATS:
+        return FORMATS[code].torch
+    names = {"I": "int", "U": "uint", "F": "float"}
+    return "bool" if code == "BOOL" else names[code[0]] + code[1:]
+
+
 def widen(raw: Array, of: Format, out: Array) -> None:
     """Exact values of ``raw`` into ``out``, float32 (16-bit formats, F32) or float64 (any)."""
     if of is BF16 and out.dtype == np.float32:

@@ -88,8 +88,10 @@ def params64(adapter: Adapter) -> Any:
 
 
 def array64(tensor: Any) -> Array:
-    """A torch tensor or numpy array (bfloat16 included) in float64."""
+    """A torch tensor or numpy array (bfloat16 included) in float64; indices as int64."""
     stored = of_tensor("adapter", tensor)
+    if not stored.is_float:
+        return np.asarray(tensor).astype(np.int64)
     return wide(stored.values(), format_of(stored))
 
 

@@ -7,6 +7,7 @@ trainable()   how many numbers an optimizer would change;  adapter_parameters() 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -113,7 +114,8 @@ def attach(
     kind, settings: any kind with ``initial()`` and its arguments: "hydra" (rank, scale, learnable_scale, branches,
     sequential_rank, bias, init), "lora" (rank, scale, init), "repadapter" (rank, scale, bias, init), "glora" (rank, path,
     init), ... targets: see ``targets.py``. train: modules to train whole (a new head), by glob. dropout: of the low-rank
-    pairs, where the kind's paper has it. All else is frozen. Before training the model gives the base's outputs bit for bit.
+    pairs, where the kind's paper has it. All else is frozen, but for what an attach before
+    this one trains. Before training the model gives the base's outputs bit for bit.
     Adapters are drawn from torch's global generator, in the layer's dtype and on its device.
     Raises UsageError (unknown kind or setting, a name that matches nothing, a layer that cannot be adapted),
     SharedWeightError (a tied weight).
@@ -128,8 +130,9 @@ def attach(
 
 
 def put(model: nn.Module, attached: Mapping[str, Attached]) -> None:
-    """Replace the modules of these names; everything but the adapters in them is frozen."""
-    model.requires_grad_(False)
+    """Replace the modules of these names; everything but the adapters in them, and what an attach before trains, is frozen."""
+    if not attached_of(model):
+        model.requires_grad_(False)
     for name, module in attached.items():
         module.weight.requires_grad_(False)
         if module.bias is not None:
@@ -176,6 +179,9 @@ def initial_of(kind: str, settings: Mapping[str, Any]) -> Callable[[Affine], Any
     for name in (n for n in settings if n == "rank" or n.endswith("_rank")):
         if type(settings[name]) is not int or settings[name] < 1:
             raise UsageError(f"{name} {settings[name]!r}: expected a whole number of at least 1")
+    for name, value in settings.items():
+        if name == "scale" and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise UsageError(f"scale {value!r}: expected a finite number")
     return lambda base: make(base, **settings)
 
 

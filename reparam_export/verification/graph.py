@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.errors import FusionError
@@ -38,7 +39,7 @@ def compare_graphs(
     return GraphEvidence(
         nodes_base=len(lines[0]),
         nodes_fused=len(lines[1]),
-        operators=dict(Counter(str(node.target) for node in captured[1] if node.op == "call_function")),
+        operators=dict(Counter(_operator(node.target) for node in captured[1] if node.op == "call_function")),
         differences=tuple(differences[:SHOWN]),
         added=tuple(added),
         parameters_base=parameters(base) - extra,
@@ -48,6 +49,11 @@ def compare_graphs(
         macs_base=multiply_adds(base, signature, example),
         macs_fused=multiply_adds(fused, signature, example),
     )
+
+
+def _operator(target: Any) -> str:
+    """``aten.add.Tensor``, or the plain name of a Python function."""
+    return str(target) if not isinstance(target, BuiltinFunctionType) else target.__name__
 
 
 def capture(model: nn.Module, signature: Signature, example: tuple[Tensor, ...]) -> list[Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import reparam_export as rx
 from reparam_export.checkpoints import NATIVE, _peft_layers
-from reparam_export.errors import CheckpointError, ReparamError, TensorMismatchError
+from reparam_export.errors import CheckpointError, FusionError, ReparamError, TensorMismatchError
 
 
 def peft_copy(tmp_path: Path, **config: Any) -> Path:
@@ -239,3 +241,57 @@ def test_bytes_flipped_anywhere_are_an_error_of_ours_or_other_numbers(tmp_path: 
                 rx.read(path, settings={"scale": 3} if source.suffix == ".pt" else None)
             except ReparamError:
                 continue
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj"]},
+        {"exclude_modules": ["v_proj"]},
+        {"layers_to_transform": [0]},
+        {"modules_to_save": ["v_proj"]},
+        {"target_modules": "nothing.*"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_adapter_that_the_configuration_leaves_out_is_refused(
+    tmp_path: Path, config: dict[str, Any], streamed: bool
+) -> None:
+    """peft loads such a folder without it, so folding it would make another model."""
+    checkpoint = rx.read(peft_copy(tmp_path, **config))
+    with pytest.raises(CheckpointError):
+        rx.plan_of(checkpoint) if streamed else rx.fuse(checkpoint)
+
+
+@pytest.mark.parametrize("odd", ["expanded", "huge", "csr"])
+def test_a_tensor_that_is_not_all_there_is_refused(tmp_path: Path, odd: str) -> None:
+    made = {
+        "expanded": lambda: torch.zeros(1).expand(1, 4),
+        "huge": lambda: torch.zeros(1).expand(10**6, 10**6),
+        "csr": lambda: torch.eye(4).to_sparse_csr(),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's about its sparse tensors
+        entry = copy.deepcopy(ADAPTER)
+        entry["params"]["pair"]["down"]["weight"] = made[odd]()
+        torch.save({"format": NATIVE, "base": None, "adapters": [entry], "replaced": {}}, tmp_path / "ckpt.pt")
+        with pytest.raises(CheckpointError):
+            rx.read(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", None])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_adapter_of_which_the_storage_keeps_nothing_is_refused(
+    tmp_path: Path, streamed: bool, dtype: str | None
+) -> None:
+    folder = peft_copy(tmp_path)
+    file = folder / "adapter_model.safetensors"
+    save_file({k: v * 1e-7 if "lora_B" in k else v for k, v in load_file(file).items()}, file)
+    if dtype is None:  # the base's own storage
+        for shard in (tmp_path / "peft_base_llama").glob("*.safetensors"):
+            save_file({k: v.bfloat16() for k, v in load_file(shard).items()}, shard, {"format": "pt"})
+    checkpoint = rx.read(folder)
+    with pytest.raises(FusionError, match=r"keeps .* % of the adapter's change"):
+        rx.stream(rx.plan_of(checkpoint, dtype), tmp_path / "out") if streamed else rx.fuse(checkpoint, dtype)
+    assert not (tmp_path / "out").exists()

@@ -368,7 +368,7 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
     part = lora(tmp_path / "part", base, modules=LAYERS)
     config = json.loads((part / "adapter_config.json").read_text())
     (part / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["k_proj", "down_proj"]}))
-    refused(part, TensorMismatchError, "have no adapter")
+    refused(part, TensorMismatchError, "does not adapt it")
 
 
 def test_a_change_of_nothing_is_refused(tmp_path: Path) -> None:

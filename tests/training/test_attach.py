@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -417,3 +418,20 @@ def test_a_diverged_training_run_is_refused_on_reading(vit: nn.Module, tmp_path:
     save(vit, tmp_path / "ckpt.pt", base=SPEC)
     with pytest.raises(CheckpointError):
         rx.read(tmp_path / "ckpt.pt")
+
+
+def test_a_second_attach_leaves_the_first_trainable() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(a=nn.Linear(6, 6), b=nn.Linear(6, 6), head=nn.Linear(6, 3)))
+    attach(model, "lora", "a", rank=2, train="head")
+    first = trainable(model)
+    attach(model, "hydra", "b", rank=2)
+    names = {n.partition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert names == {"a", "b", "head"}
+    assert trainable(model) == first + sum(p.numel() for p in model.b.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2"])
+def test_a_scale_that_is_no_number_is_refused(scale: Any) -> None:
+    with pytest.raises(UsageError, match="scale"):
+        attach(nn.Sequential(nn.Linear(4, 4)), "lora", "0", rank=2, scale=scale)
