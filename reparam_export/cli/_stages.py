@@ -70,6 +70,10 @@ def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, 
         f"plan: about {found['seconds']:.0f} s of folding on {found['cores']} cores, at most {size(found['memory'])} of memory; "
         f"{size(found['free'])} of disk are free"
     )
+    if found["whole"]:
+        console.line(
+            f"plan: {found['whole']} weights have adapters without factors and are folded as whole layers, which takes longer"
+        )
     for name in plan.created:
         console.line(f"added: {name}, a bias that the base does not have")
     for name in plan.untied:
@@ -96,7 +100,8 @@ def memory_stage(console: Console, recipe: Recipe, folder: Path) -> None:
         checkpoint = recipe.read()
         weights = fuse_weights(checkpoint, recipe.dtype, advance)
         save_fused(folder, checkpoint, weights, recipe.dtype)
-    console.line(f"fused {len(checkpoint.adapters)} adapters into {len(weights.changed)} tensors")
+    whole = f", {len(weights.replaced)} tensors taken whole" if weights.replaced else ""
+    console.line(f"fused {len(checkpoint.adapters)} adapters into {len(weights.changed)} tensors{whole}")
     if recipe.dtype == "auto":
         console.line(
             f"dtype: {'each layer its own' if weights.dtype == 'auto' else f'{weights.dtype}, one for all'}: {weights.storage()}"

@@ -40,7 +40,7 @@ def headline(evidence: Evidence) -> str:
     if said == "unproven":
         return f"Not proven: {_first_failure(evidence)}"
     parts = [
-        _layers_sentence(certificate),
+        _layers_sentence(certificate, evidence.fused.get("replaced")),
         _output_sentence(certificate),
         graph_sentence(certificate.graph),
         _kept_sentence(certificate),
@@ -189,9 +189,11 @@ def _layer_error(layer: LayerEvidence) -> str:
     return f"{layer.module}, error {number(layer.max_error)}, {number(layer.bound_ratio)} times its bound"
 
 
-def _layers_sentence(certificate: Certificate) -> str:
+def _layers_sentence(certificate: Certificate, replaced: object) -> str:
     layers = certificate.layers
     exact = sum(layer.verdict == "exact" for layer in layers)
+    if not layers and isinstance(replaced, list) and replaced:
+        return f"{plural(len(replaced), 'tensor')} taken whole from the checkpoint, nothing to fold"
     if not layers:
         return "no layer was changed"
     if exact == len(layers):

@@ -25,7 +25,7 @@ from reparam_export.streaming.plan import Plan, plan_of
 from reparam_export.streaming.shards import Place
 from reparam_export.streaming.source import NotStreamableError
 from reparam_export.streaming.staging import WEIGHTS, Staging, settle, write_synced
-from reparam_export.streaming.work import Work, memory_needed, seconds_expected, workers
+from reparam_export.streaming.work import Work, folded_whole, memory_needed, seconds_expected, workers
 from reparam_export.verification.certificate import LayerEvidence, from_entry
 from reparam_export.verification.survival import least, overall
 
@@ -221,6 +221,7 @@ def expected(plan: Plan, out: Path) -> dict[str, Any]:
         "memory": memory_needed(plan),
         "cores": workers(),
         "seconds": seconds_expected(plan),
+        "whole": len(folded_whole(plan)),
     }
 
 

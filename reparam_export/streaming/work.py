@@ -208,22 +208,28 @@ def cast(place: Place, values: Array, of: Format, target: Format, write: Writer)
         write(place.name, start * target.size, raw)
 
 
+def folded_whole(plan: Plan) -> list[str]:
+    """The modules with a kind that has no factors: folded as whole layers."""
+    from reparam_export.adapters import kind
+
+    return [name for name, t in plan.touched.items() if any(not hasattr(kind(a.kind), "low_rank") for a in t.adapters)]
+
+
 def memory_needed(plan: Plan) -> int:
     """Bytes of anonymous memory at most: the adapters, buffers of every thread, a whole layer in float64 for kinds without factors."""
-    from reparam_export.adapters import kind
     from reparam_export.affine import tensors_of
 
     buffers = workers() * WIDTHS * (6 * 8 + rows.SPAN * 4) * rows.ENTRIES
     adapters: int = sum(
         t.nbytes for touched in plan.touched.values() for a in touched.adapters for t in tensors_of(a.params).values()
     )
-    whole = [t for t in plan.touched.values() if any(not hasattr(kind(a.kind), "low_rank") for a in t.adapters)]
+    whole = [plan.touched[name] for name in folded_whole(plan)]
     largest = max((int(np.prod(t.weight.shape)) * 8 * 6 for t in whole), default=0)
     return 120_000_000 + buffers + adapters + workers() * largest
 
 
 def seconds_expected(plan: Plan) -> float:
-    """Of folding, on all cores: measured on the first rows of the largest touched weight; reading and writing is the disk's."""
+    """Of folding, on all cores: measured on the first rows of the largest touched weight. Reading and writing is the disk's; whole layers take longer."""
     from reparam_export.streaming.forms import format_of
 
     if not plan.touched:
