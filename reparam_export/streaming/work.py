@@ -229,7 +229,7 @@ def memory_needed(plan: Plan) -> int:
 
 
 def seconds_expected(plan: Plan) -> float:
-    """Of folding, on all cores: measured on the first rows of the largest touched weight. Reading and writing is the disk's; whole layers take longer."""
+    """Of folding, on all cores: measured on the first rows of the largest touched weight. The disk, and whole layers, take longer."""
     from reparam_export.streaming.forms import format_of
 
     if not plan.touched:
