@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import reparam_export as rx
-from benchmarks import checkpoints, latency
+from benchmarks import adapters, checkpoints, latency
 from reparam_export.latency.measurement import from_json
 
 ROOT = Path(__file__).parents[1]
@@ -39,3 +39,10 @@ def test_a_checkpoint_of_the_papers_sizes_is_read_back(kind: str, adapters: int,
     found = rx.read(tmp_path / "ckpt.pt").describe()
     assert found["kinds"] == {kind: adapters}
     assert found["rank"] == [{"hydra": 2, "glora": 4, "lora": 8}[kind]]
+
+
+def test_the_table_of_adapters_is_made_from_the_kept_results() -> None:
+    found = json.loads((RESULTS / "adapters.json").read_text(encoding="utf-8"))["tasks"]
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- adapters:")[1].split("<!-- /adapters -->")[0]
+    for name, row in found.items():
+        assert f"| {name} | {' | '.join(adapters.cell(runs) for runs in row.values())} |\n" in table
