@@ -191,8 +191,8 @@ def test_compare_gates_on_what_it_is_told_to(exported: Path, tmp_path: Path, syn
     synthetic(B=1.0, spread=0.3)
     assert run("compare", exported, other, *ONE, "--rounds", 10, "--fail-on", "latency").exit_code == 6
     result = run("compare", exported, other, "--no-latency", "--fail-on", "latency")
-    assert result.exit_code == 1
-    assert "could not be compared" in error_of(result)
+    assert result.exit_code == 2
+    assert "cannot be judged" in error_of(result)
 
 
 def test_compare_shows_and_prints_json(exported: Path, tmp_path: Path, synthetic: Install) -> None:
