@@ -203,3 +203,20 @@ def test_every_input_of_the_action_is_used_and_documented() -> None:
     for name, given in ACTION["inputs"].items():
         assert given["description"]
         assert f"inputs.{name} " in text or f"inputs.{name}}}" in text, name
+
+
+@pytest.mark.parametrize("given", [{"to": "onnx 'trt"}, {"args": "--inputs 'x.npy"}])
+def test_quotes_that_do_not_match_are_red_and_nothing_is_run(tmp_path: Path, given: dict[str, str]) -> None:
+    path, *options = CASES["hydra_vtab"].command()
+    done = Runner(tmp_path, **{"checkpoint": path, "args": quoted(options), "install": "", **given})
+    done.run()
+    assert done.codes[0] != 0
+    assert "quotes do not match" in done.log
+    assert not (tmp_path / "reparam-export-out").exists()
+
+
+def test_arguments_that_convert_nothing_are_red(tmp_path: Path) -> None:
+    done = Runner(tmp_path, checkpoint=str(CASES["hydra_vtab"].arguments()[0]), args="--help", install="")
+    done.run()
+    assert done.codes[-1] != 0
+    assert "nothing was proven" in done.log

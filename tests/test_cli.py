@@ -371,3 +371,21 @@ def test_a_fault_of_ours_is_no_verdict(hydra: Case, tmp_path: Path, monkeypatch:
     result = run("fuse", *hydra.command(), "-o", tmp_path / "out")
     assert result.exit_code == 70
     assert "internal error" in result.stderr
+
+
+def test_a_report_does_not_vouch_for_files_that_were_changed(hydra: Case, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    assert run("convert", *hydra.command(), "--to", "onnx", "-o", folder).exit_code == 0
+    assert run("report", folder).exit_code == 0
+    model = folder / "model.onnx"
+    whole = model.read_bytes()
+    model.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    result = run("report", folder)
+    assert result.exit_code == 1
+    assert "model.onnx is not the file that was exported" in (folder / "report.md").read_text().replace("&#46;", ".")
+    model.write_bytes(whole)
+    tensors = load_file(folder / "fused.safetensors")
+    tensors["head.bias"][0] += 1
+    save_file(tensors, folder / "fused.safetensors")
+    assert run("report", folder).exit_code == 1
+    assert "does not hold the weights that were proven" in (folder / "report.md").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -404,3 +405,54 @@ def test_what_only_folding_in_memory_can_do_says_why(tmp_path: Path) -> None:
     config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
     (mistral / "config.json").write_text(json.dumps(config))
     refused(native(tmp_path / "ckpt.pt", mistral, "glora", LAYERS), NotStreamableError, "no switch of its config")
+
+
+def test_a_folder_that_was_changed_around_its_shards_is_caught(tmp_path: Path) -> None:
+    """Whatever ``from_pretrained`` would read: the config, the index, a second file with a tensor of the same name."""
+    adapter = lora(tmp_path / "adapter", llama(tmp_path / "base", shards=2))
+    out = tmp_path / "out"
+    fused_by_rows(adapter, out)
+    folder = out / "hf"
+    for name, change in (
+        ("config.json", lambda text: text.replace('"hidden_size": 48', '"hidden_size": 49')),
+        ("model.safetensors.index.json", lambda text: text.replace("00001-of", "00002-of", 1)),
+    ):
+        whole = (folder / name).read_text()
+        assert change(whole) != whole
+        (folder / name).write_text(change(whole))
+        with pytest.raises(EquivalenceError, match=f"{name} is not the file"):
+            load_fused(out)
+        assert rx.write_report(out).verdict == "unproven"
+        (folder / name).write_text(whole)
+    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "zzz.safetensors")
+    with pytest.raises(EquivalenceError, match=r"zzz\.safetensors is new"):
+        load_fused(out)
+    (folder / "zzz.safetensors").unlink()
+    load_fused(out)
+
+
+def test_a_head_that_is_neither_there_nor_tied_is_refused(tmp_path: Path) -> None:
+    base = llama(tmp_path / "base")
+    adapter = lora(tmp_path / "adapter", base)
+    state = load_file(base / "model.safetensors")
+    save_file({n: t for n, t in state.items() if n != "lm_head.weight"}, base / "model.safetensors", {"format": "pt"})
+    refused(adapter, TensorMismatchError, "not tied to the embedding")
+
+
+def test_shira_and_its_indices_are_streamed(tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = llama(tmp_path / "base", dtype=torch.float32)
+    torch.manual_seed(0)
+    config = peft.ShiraConfig(r=2, target_modules=["q_proj", "v_proj"], init_weights=False, task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what peft itself uses
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        model.peft_config["default"].base_model_name_or_path = str(base)
+        model.save_pretrained(tmp_path / "adapter")
+    found = fused_by_rows(tmp_path / "adapter", tmp_path / "out")
+    merged = model.merge_and_unload().state_dict()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(found[name], merged[name], rtol=1e-6, atol=1e-6)
+    assert not torch.equal(found[name], load_file(base / "model.safetensors")[name])
