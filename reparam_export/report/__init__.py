@@ -1,4 +1,4 @@
-"""The report of one output folder: reads its JSON files, computes nothing new.
+"""The report of one output folder: reads its JSON files, once the digests of what they vouch for hold; computes nothing else.
 
 write_report(folder) -> report.html (for eyes), report.md (for a pull request), junit.xml (for a CI server)
 """

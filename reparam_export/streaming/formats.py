@@ -70,6 +70,13 @@ def wide(raw: Array, of: Format) -> Array:
     return out
 
 
+def largest(raw: Array, of: Format) -> float:
+    """The size of the largest entry; not a number where one is none, infinite where one is."""
+    if of.size == 2:  # without their signs the bits have the order of the sizes
+        return float(wide(np.bitwise_and(raw, 0x7FFF).max(keepdims=True), of).max())
+    return float(max(-raw.min(), raw.max()))
+
+
 def rounded(value: Array, to: Format) -> Array:
     """float64 or float32 values in raw form, each the nearest of the format. Raises nothing: overflow is infinity."""
     if to is not BF16:

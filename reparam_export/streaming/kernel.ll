@@ -1,4 +1,4 @@
-; The inner loop of folding bfloat16, for whole vectors of whatever processor it is compiled on (kernel.py).
+; The inner loops of folding bfloat16, for whole vectors of whatever processor it is compiled on (kernel.py).
 ; But for the two sums no operation has a fast-math flag: nothing is reassociated or contracted, or the error bounds of rows.py
 ; would not hold. raw and out hold bfloat16 as i16, y the change of b; e bounds the error of y in any entry.
 

@@ -1,4 +1,4 @@
-"""The inner loop of folding bfloat16 (``kernel.ll``) in one pass, compiled by LLVM for the processor at hand at the first call.
+"""The inner loops of folding bfloat16 (``kernel.ll``), compiled by LLVM for the processor at hand at the first call.
 
 The arithmetic is that of ``rows.py``, operation by operation.
 """

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from reparam_export.streaming import kernel
-from reparam_export.streaming.formats import BF16, Array, Format, wide
+from reparam_export.streaming.formats import BF16, Array, Format, largest, wide
 
 CHUNK = 1 << 17  # entries widened to float64 at a time: they stay in cache
 
@@ -102,14 +102,8 @@ class Mapped:
         """The size of the largest entry."""
         if not self.values.size:
             return 0.0
-        if self.of.size == 2:
-            top = max(
-                int((block & 0x7FFF).max())
-                for block in np.array_split(self.values, -(-self.values.size // CHUNK))
-                if block.size
-            )
-            return float(wide(np.array([top], np.uint16), self.of)[0])
-        return float(max(-self.values.min(), self.values.max()))
+        blocks = np.array_split(self.values, -(-self.values.size // CHUNK))
+        return float(np.max([largest(block, self.of) for block in blocks if block.size]))
 
     def rows(self, which: Array) -> Array:
         """Some rows of W in float64."""

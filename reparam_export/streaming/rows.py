@@ -6,13 +6,14 @@ Numerical Algorithms, section 3.1): |error of y| <= e. A stored value s is prove
 float64 (Ziv, "Fast evaluation of elementary mathematical functions with correctly rounded last bit", 1991), so the result is that of
 float64 throughout. ``s`` is read back from the very bytes that are written. Each product is probed with random vectors (Freivalds 1977).
 
-From bfloat16 to bfloat16 the same is done in one compiled pass (``kernel.py``). So that its word is not the only one, some entries of every
+From bfloat16 to bfloat16 the same is done by compiled loops (``kernel.py``). So that their word is not the only one, some entries of every
 block, drawn at random, are computed again in float64, too.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from reparam_export.streaming.formats import (
     Array,
     Format,
     half_ulp,
+    largest,
     refuse_overflow,
     rounded,
     wide,
@@ -37,7 +39,7 @@ ENTRIES = 1 << 17  # of one block: its buffers stay in the processor's cache
 SPAN = 8  # blocks whose stored values are kept together, to be settled and written in one go
 PANEL = 512  # columns of one matrix product, which is fastest in near-square pieces
 PROBES = 4
-DRAWN = 32  # entries of a block of the compiled pass that are computed again whatever it says
+DRAWN = 32  # entries of a block that are computed again whatever the compiled check says
 TINY = 1e-37  # covers what underflow of a product of float32 may lose
 
 
@@ -164,7 +166,12 @@ def fold_block(fold: Fold, work: Workspace, span: tuple[int, int], out: Array) -
     n, tally = len(out), fold.tally
     b, y, z, s, d = (buffer[:n] for buffer in (work.b, work.y, work.z, work.s, work.d))
     widen(fold.values[slice(*span)], fold.source, b)
-    e = multiply(fold, work, *span)
+
+    def gated(gate: Array) -> None:
+        np.multiply(gate, b, out=gate)
+        np.add(y, gate, out=y)
+
+    e = multiply(fold, work, span, lambda: float(max(-b.min(), b.max(), 0)), gated)
     np.add(b, y, out=z)
     narrow(z, fold.target, out, d)
     widen(out, fold.target, s)
@@ -183,29 +190,17 @@ def fold_block(fold: Fold, work: Workspace, span: tuple[int, int], out: Array) -
 
 
 def compiled_block(fold: Fold, work: Workspace, span: tuple[int, int], out: Array) -> tuple[Array, float]:
-    """``fold_block`` for bfloat16, in one pass; the entries that are to be computed again hold some that were drawn."""
+    """``fold_block`` for bfloat16, compiled; the entries that are to be computed again hold some that were drawn."""
     from reparam_export.streaming import kernel
 
     n, tally = len(out), fold.tally
-    y, g = work.y[:n], work.g[:n]
+    y = work.y[:n]
     raw = np.require(fold.values[slice(*span)], requirements=["C", "A"])
     flat, y1, out1 = raw.reshape(-1), y.reshape(-1), out.reshape(-1)
-    e, size = TINY, 0.0
-    if fold.added is not None:
-        e += product(fold, fold.added, y, *span)
-        size += float(fold.added.size[slice(*span)].max())
-    else:
-        y.fill(0)
-    if fold.gates is not None:
-        largest = float(wide(np.bitwise_and(raw, 0x7FFF).max(keepdims=True), BF16).max())
-        e += product(fold, fold.gates, g, *span) * largest
-        size += float(fold.gates.size[slice(*span)].max()) * largest
-        kernel.gated(flat, y1, g.reshape(-1))
-    e += 8 * fold.roundoff * size
+    e = multiply(fold, work, span, lambda: largest(raw, BF16), lambda gate: kernel.gated(flat, y1, gate.reshape(-1)))
     kernel.narrow(flat, y1, out1)
-    found = kernel.check(
-        flat, y1, float(np.nextafter(np.float32(e), np.float32(np.inf))), out1, work.which
-    )  # not less than e
+    single = float(np.nextafter(np.float32(e), np.float32(np.inf)))  # not less than e
+    found = kernel.check(flat, y1, single, out1, work.which)
     if span[0] == 0:
         stored = wide(out, BF16)
         tally.norm = float(np.vdot(stored, stored)) / n
@@ -215,26 +210,28 @@ def compiled_block(fold: Fold, work: Workspace, span: tuple[int, int], out: Arra
     return np.concatenate([work.which[: found.unsure], fold.chance.integers(0, out.size, DRAWN)]), e
 
 
-def multiply(fold: Fold, work: Workspace, start: int, stop: int) -> float:
-    """y into the workspace; the bound e of its error in any entry of the block."""
-    n, u = stop - start, fold.roundoff
-    b, y = work.b[:n], work.y[:n]
+def multiply(
+    fold: Fold, work: Workspace, span: tuple[int, int], most: Callable[[], float], gated: Callable[[Array], None]
+) -> float:
+    """y into the workspace; the bound e of its error in any entry of the block.
+
+    most: the size of the largest entry of b; gated: adds b times what it is given to y. Both are asked for only where there are gates.
+    """
+    rows = slice(*span)
+    y = work.y[: span[1] - span[0]]
     e = TINY if fold.probes.dtype == np.float32 else 0.0
     size = 0.0
     if fold.added is not None:
-        e += product(fold, fold.added, y, start, stop)
-        size += float(fold.added.size[start:stop].max())
+        e += product(fold, fold.added, y, *span)
+        size += float(fold.added.size[rows].max())
     else:
         y.fill(0)
     if fold.gates is not None:
-        g = work.g[:n]
-        largest = float(max(-b.min(), b.max(), 0))
-        gate = float(fold.gates.size[start:stop].max())
-        e += product(fold, fold.gates, g, start, stop) * largest
-        size += gate * largest
-        np.multiply(g, b, out=g)
-        np.add(y, g, out=y)
-    return e + 8 * u * size
+        gate, top = work.g[: len(y)], most()
+        e += product(fold, fold.gates, gate, *span) * top
+        size += float(fold.gates.size[rows].max()) * top
+        gated(gate)
+    return e + 8 * fold.roundoff * size
 
 
 def product(fold: Fold, of: Product, out: Array, start: int, stop: int) -> float:
