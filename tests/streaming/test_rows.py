@@ -140,6 +140,25 @@ def test_bfloat16_of_any_size_is_that_of_float64(size: float) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("source", [BF16, F32], ids=lambda f: f.short)
+def test_what_float32_would_decide_wrongly_is_left_to_float64(source: Format) -> None:
+    """Every exact value lies next to a midpoint, nearer than the float32 product is to its own: terms of size 1 that nearly cancel."""
+    generator = np.random.default_rng(0)
+    raw = rounded(np.abs(generator.standard_normal((150, 201))) * 0.02 + 1e-3, BF16)
+    base = wide(raw, BF16)
+    middle = half_ulp(base, BF16)[0]  # one row of the change serves all rows of a base whose rows are alike
+    raw, base = np.tile(raw[:1], (150, 1)), np.tile(base[:1], (150, 1))
+    big = generator.standard_normal(201)
+    near = middle * (1 + 1e-9 * generator.standard_normal(201))
+    left, right = np.tile([[1 / 3, 1.0]], (150, 1)), np.stack([big, near - big / 3])
+    exact = base + left @ right
+    given = raw if source is BF16 else base.astype(np.float32)
+    fold = Fold.of(given, source, BF16, (((left, right),), ()), 0)
+    assert np.array_equal(folded(fold), raw_of(round_once(torch.from_numpy(exact), torch.bfloat16)))
+    assert fold.tally.undecided >= exact.size
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("odd", [0x7F80, 0xFF80, 0x7FC0, 0x7F7F])
 def test_bfloat16_that_is_not_finite_or_becomes_so_is_refused(odd: int) -> None:
     fold, _ = case(BF16, BF16, gates=False, seed=1)
