@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -21,17 +22,10 @@ from torch import nn
 
 from reparam_export.training import Fused, Unfused, accuracy, supernet
 
-CASES: dict[str, dict[str, Any]] = {
-    "ViT of the pipeline": {
-        "img_size": 28,
-        "patch_size": 7,
-        "in_chans": 1,
-        "embed_dim": 96,
-        "depth": 4,
-        "num_heads": 3,
-    },
-    "ViT-Tiny/16": {"img_size": 224},
-}
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
+from fashion_base import NAME, SHAPE
+
+CASES: dict[str, dict[str, Any]] = {"ViT of the pipeline": SHAPE, "ViT-Tiny/16": {"img_size": 224, "num_classes": 10}}
 IMAGES = {"ViT of the pipeline": (64, 512), "ViT-Tiny/16": (4, 16)}  # evaluated on few and on many of them
 RANK, CANDIDATES, SEED = 4, 7, 0
 RESULTS = Path(__file__).parent / "results" / "search.json"
@@ -40,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "search.json"
 def measure(shape: dict[str, Any], images: int) -> dict[str, float]:
     """Median seconds of one evaluation each way, and the median ratio of the pairs."""
     torch.manual_seed(SEED)
-    net = supernet(timm.create_model("vit_tiny_patch16_224", num_classes=10, **shape).eval(), rank=RANK)
+    net = supernet(timm.create_model(NAME, **shape).eval(), rank=RANK)
     for parameter in net.model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.02)

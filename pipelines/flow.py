@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -65,6 +66,22 @@ def convert(checkpoint: Path, out: Path, samples: Inputs, *options: object) -> N
     done = subprocess.run([sys.executable, "-m", "reparam_export", *map(str, words)], check=False)
     if done.returncode:
         sys.exit(done.returncode)
+
+
+def compare_vit(base: Tensor, title: str, models: tuple[Any, Any], new: Inputs, truth: Tensor, out: Path) -> int:
+    """``compare`` for a vision transformer: models: the adapted one, and a plain one that takes the fused weights in ``out``.
+
+    base: the logits of the base, shown as ``title``.
+    """
+    adapted, plain = models
+    plain.load_state_dict(load_file(out / "fused.safetensors"))
+    answers = {
+        title: base,
+        "adapted, not fused": logits(lambda x: adapted(x["image"]), new),
+        "fused, in the plain timm model": logits(lambda x: plain.eval()(x["image"]), new),
+        "ONNX": logits(onnx(out / "model.onnx"), new),
+    }
+    return compare(answers, truth, out)
 
 
 def compare(answers: Mapping[str, Tensor], truth: Tensor, out: Path) -> int:

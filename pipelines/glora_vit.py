@@ -7,7 +7,7 @@ from pathlib import Path
 import timm
 import torch
 from fashion_base import BASE, NAME, SHAPE, pretrained
-from flow import compare, convert, logits, onnx, train
+from flow import compare_vit, convert, logits, train
 from real_data import digits
 
 from reparam_export.training import Fused, Search, accuracy, save, search, supernet, trainable
@@ -41,12 +41,8 @@ def main() -> int:
         out = FOLDER / f"glora_vit-{place}"
         convert(FOLDER / "glora_vit.pt", out, new, "--config", found.checkpoint, "--candidate", place, *TO)
         net.fix(found.top[place])
-        plain = timm.create_model(NAME, checkpoint_path=str(out / "fused.safetensors"), **SHAPE).eval()
-        answers = {"base, its head knows clothes": base}
-        answers["adapted, not fused"] = logits(lambda x: model(x["image"]), new)
-        answers["fused, in the plain timm model"] = logits(lambda x, plain=plain: plain(x["image"]), new)
-        answers["ONNX"] = logits(onnx(out / "model.onnx"), new)
-        differing += compare(answers, truth, out)
+        plain = timm.create_model(NAME, **SHAPE)
+        differing += compare_vit(base, "base, its head knows clothes", (model, plain), new, truth, out)
     return differing
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import timm
 import torch
 from fashion_base import BASE, NAME, SHAPE, pretrained
-from flow import compare, convert, logits, onnx, train
+from flow import compare_vit, convert, logits, train
 from real_data import digits
 
 from reparam_export.training import adapter_parameters, attach, save, trainable
@@ -23,17 +23,14 @@ def main() -> int:
     out, model = FOLDER / "hydra_vit", pretrained(FOLDER)
     images, classes = digits()
     new, truth = {"image": images[:HELD_OUT]}, classes[:HELD_OUT]
-    answers = {"base, its head knows clothes": logits(lambda x: model(x["image"]), new)}
+    base = logits(lambda x: model(x["image"]), new)
     attach(model, "hydra", "hydra-vit", rank=RANK, scale=SCALE, dropout=DROPOUT, train="head")
     print(f"training {trainable(model)} parameters, {adapter_parameters(model)} of them Hydra's")
     train(model, {"image": images[HELD_OUT:]}, classes[HELD_OUT:], epochs=EPOCHS, rate=RATE)
     save(model, FOLDER / "hydra_vit.pt", base=BASE)
     convert(FOLDER / "hydra_vit.pt", out, new, *TO)
-    plain = timm.create_model(NAME, checkpoint_path=str(out / "fused.safetensors"), **SHAPE).eval()
-    answers["adapted, not fused"] = logits(lambda x: model(x["image"]), new)
-    answers["fused, in the plain timm model"] = logits(lambda x: plain(x["image"]), new)
-    answers["ONNX"] = logits(onnx(out / "model.onnx"), new)
-    return compare(answers, truth, out)
+    plain = timm.create_model(NAME, **SHAPE)
+    return compare_vit(base, "base, its head knows clothes", (model, plain), new, truth, out)
 
 
 if __name__ == "__main__":
