@@ -22,8 +22,9 @@ SHOWN = 5  # created biases named one by one
 def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool = False, dry_run: bool = False) -> None:
     """Shard by shard when the base is a Hugging Face folder and every kind can be, else in memory. Says which, and why."""
     from reparam_export.inspection import in_order
-    from reparam_export.streaming import NotStreamableError, plan_of
+    from reparam_export.streaming import NotStreamableError, kernel, plan_of
 
+    kernel.prepare()
     checkpoint = recipe.read_lightly()
     for line in in_order(checkpoint.describe()["stack"]):
         console.line(line)

@@ -13,7 +13,8 @@ import numpy as np
 from reparam_export.errors import EquivalenceError, FusionError
 from reparam_export.streaming.formats import Array, Format, finite, refuse_overflow, rounded
 from reparam_export.streaming.forms import Form, PartedError, Touched, form_of, format_of
-from reparam_export.streaming.rows import PROBES, SPAN, FaultError, Fold, Tally, Workspace, fold_rows
+from reparam_export.streaming.kernel import PROBES
+from reparam_export.streaming.rows import SPAN, FaultError, Fold, Tally, Workspace, fold_rows
 from reparam_export.streaming.rows import workspace as new_workspace
 from reparam_export.verification.certificate import LayerEvidence
 

@@ -15,11 +15,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, cast
 
 import numpy as np
 
 from reparam_export.affine import Factors
+from reparam_export.streaming import kernel
 from reparam_export.streaming.formats import (
     BF16,
     F16,
@@ -34,11 +36,11 @@ from reparam_export.streaming.formats import (
     wide,
     widen,
 )
+from reparam_export.streaming.kernel import PROBES
 
 ENTRIES = 1 << 17  # of one block: its buffers stay in the processor's cache
 SPAN = 8  # blocks whose stored values are kept together, to be settled and written in one go
-PANEL = 512  # columns of one matrix product, which is fastest in near-square pieces
-PROBES = 4
+PANEL = kernel.COLUMNS  # of one matrix product, which is fastest in near-square pieces
 DRAWN = 32  # entries of a block that are computed again whatever the compiled check says
 TINY = 1e-37  # covers what underflow of a product of float32 may lose
 
@@ -57,13 +59,11 @@ class Product:
 
     left: Array
     right: Array
-    quick_left: Array
-    quick_right: Array
+    dtype: type[np.generic]
     columns: Array  # right, one row per column, for single entries
     probed: Array  # left's half of the expected probes: right @ x, (k, PROBES)
     size: Array  # per row: bound of |left| |right| in any column
     length: Array  # per row: bound of the norm of the row
-    width: int
 
     @classmethod
     def of(cls, factors: tuple[Factors, ...], probes: Array, dtype: type[np.generic]) -> Product | None:
@@ -74,9 +74,28 @@ class Product:
         right = np.concatenate([np.asarray(pair[1], np.float64) for pair in factors])
         norms = np.linalg.norm(left, axis=1)
         return cls(
-            left, right, left.astype(dtype), np.ascontiguousarray(right.astype(dtype)), np.ascontiguousarray(right.T), right @ probes,
-            norms * float(np.linalg.norm(right, axis=0).max(initial=0)), norms * float(np.linalg.norm(right)), right.shape[1],
+            left, right, dtype, np.ascontiguousarray(right.T), right @ probes,
+            norms * float(np.linalg.norm(right, axis=0).max(initial=0)), norms * float(np.linalg.norm(right)),
         )  # fmt: skip
+
+    @property
+    def width(self) -> int:
+        return int(self.right.shape[1])
+
+    @cached_property
+    def quick(self) -> tuple[Array, Array]:
+        """left and right in the dtype of the computation."""
+        return self.left.astype(self.dtype), np.ascontiguousarray(self.right.astype(self.dtype))
+
+    @cached_property
+    def packed(self) -> kernel.Pair:
+        """left and right for the compiled loops."""
+        return kernel.Pair.of(self.left, self.right)
+
+    def bound(self, rows: slice, roundoff: float) -> Array:
+        """Of the error of an entry, per row: k products and sums, and the factors' own rounding."""
+        found: Array = (self.left.shape[1] + 4) * roundoff * self.size[rows]
+        return found
 
     def entries(self, rows: Array, columns: Array) -> Array:
         """Single entries in float64."""
@@ -124,6 +143,11 @@ class Fold:
         added, gates = (Product.of(f, exact, dtype) for f in factors)
         return cls(values, source, target, added, gates, np.ascontiguousarray(probes.astype(dtype)), lengths, chance)
 
+    @cached_property
+    def packed_probes(self) -> Array:
+        """The probes for the compiled loops."""
+        return kernel.packed_probes(self.probes)
+
     @property
     def compiled(self) -> bool:
         return self.source is BF16 and self.target is BF16
@@ -139,20 +163,20 @@ class Workspace:
     def __init__(self, rows: int, columns: int, dtype: np.dtype[Any], target: Format) -> None:
         self.rows = rows
         self.b, self.y, self.z, self.s, self.d, self.g = (np.empty((rows, columns), dtype) for _ in range(6))
-        self.which = np.empty(rows * columns + 1, np.int64)
         self.out = np.empty((SPAN * rows, columns), target.raw)
+        self.which = np.empty(self.out.size + 1, np.int64)
         self.bits = np.zeros(-(-rows * columns // 8) * 8, bool)  # whole words, so that it can be searched by words
 
 
 def fold_rows(fold: Fold, work: Workspace, start: int, stop: int) -> Array:
     """Rows start to stop, SPAN blocks at most, raw in the target format; a view of the workspace. Raises FaultError, FusionError."""
     out = work.out[: stop - start]
+    step = len(out) if fold.compiled else work.rows
+    fold_some = compiled_block if fold.compiled else fold_block
     unsure: list[Array] = []
     error = 0.0
-    for first in range(start, stop, work.rows):
-        last = min(first + work.rows, stop)
-        of_block = compiled_block if fold.compiled else fold_block
-        found, e = of_block(fold, work, (first, last), out[first - start : last - start])
+    for first in range(start, stop, step):
+        found, e = fold_some(fold, work, first, out[first - start : first - start + step])
         if len(found):
             unsure.append(found + (first - start) * out.shape[1])
         error = max(error, e)
@@ -161,21 +185,27 @@ def fold_rows(fold: Fold, work: Workspace, start: int, stop: int) -> Array:
     return out
 
 
-def fold_block(fold: Fold, work: Workspace, span: tuple[int, int], out: Array) -> tuple[Array, float]:
+def fold_block(fold: Fold, work: Workspace, start: int, out: Array) -> tuple[Array, float]:
     """One block of rows into ``out``; flat indices of the entries that are not decided, and the bound e that left them so."""
     n, tally = len(out), fold.tally
     b, y, z, s, d = (buffer[:n] for buffer in (work.b, work.y, work.z, work.s, work.d))
-    widen(fold.values[slice(*span)], fold.source, b)
-
-    def gated(gate: Array) -> None:
+    rows = slice(start, start + n)
+    widen(fold.values[rows], fold.source, b)
+    top = 0.0
+    if fold.added is not None:
+        product(fold, fold.added, y, start)
+    else:
+        y.fill(0)
+    if fold.gates is not None:
+        gate, top = work.g[:n], float(max(-b.min(), b.max(), 0))
+        product(fold, fold.gates, gate, start)
         np.multiply(gate, b, out=gate)
         np.add(y, gate, out=y)
-
-    e = multiply(fold, work, span, lambda: float(max(-b.min(), b.max(), 0)), gated)
+    e = bound_of(fold, rows, top)
     np.add(b, y, out=z)
     narrow(z, fold.target, out, d)
     widen(out, fold.target, s)
-    if span[0] == 0:
+    if start == 0:
         tally.norm = float(np.vdot(s, s)) / n
     np.subtract(b, s, out=d)
     np.add(d, y, out=d)  # exact - stored
@@ -189,88 +219,80 @@ def fold_block(fold: Fold, work: Workspace, span: tuple[int, int], out: Array) -
     return undecided(d, z, work), e
 
 
-def compiled_block(fold: Fold, work: Workspace, span: tuple[int, int], out: Array) -> tuple[Array, float]:
+def compiled_block(fold: Fold, work: Workspace, start: int, out: Array) -> tuple[Array, float]:
     """``fold_block`` for bfloat16, compiled; the entries that are to be computed again hold some that were drawn."""
-    from reparam_export.streaming import kernel
-
-    n, tally = len(out), fold.tally
-    y = work.y[:n]
-    raw = np.require(fold.values[slice(*span)], requirements=["C", "A"])
-    flat, y1, out1 = raw.reshape(-1), y.reshape(-1), out.reshape(-1)
-    e = multiply(fold, work, span, lambda: largest(raw, BF16), lambda gate: kernel.gated(flat, y1, gate.reshape(-1)))
-    kernel.narrow(flat, y1, out1)
+    tally = fold.tally
+    rows = slice(start, start + len(out))
+    raw = np.require(fold.values[rows], requirements=["C", "A"])
+    e = bound_of(fold, rows, largest(raw, BF16) if fold.gates is not None else 0.0)
     single = float(np.nextafter(np.float32(e), np.float32(np.inf)))  # not less than e
-    found = kernel.check(flat, y1, single, out1, work.which)
-    if span[0] == 0:
-        stored = wide(out, BF16)
-        tally.norm = float(np.vdot(stored, stored)) / n
-    tally.changed += found.change
-    tally.kept += found.change - found.lost
-    tally.error = max(tally.error, found.error)
-    return np.concatenate([work.which[: found.unsure], fold.chance.integers(0, out.size, DRAWN)]), e
+    added, gates = (None if of is None else of.packed for of in (fold.added, fold.gates))
+    seen = kernel.fold(raw, out, start, added, gates, fold.packed_probes, single, work.which)
+    started = time.perf_counter()
+    for of, found in ((fold.added, seen.found), (fold.gates, seen.gated)):
+        if of is not None:
+            judge(fold, of, found, rows, partial(kernel.multiplied, of.packed, of.width))
+    tally.probing += time.perf_counter() - started
+    if start == 0:
+        stored = wide(out[: work.rows], BF16)
+        tally.norm = float(np.vdot(stored, stored)) / len(stored)
+    tally.changed += seen.change
+    tally.kept += seen.change - seen.lost
+    tally.error = max(tally.error, seen.error)
+    drawn = fold.chance.integers(0, out.size, DRAWN * -(-out.size // ENTRIES))
+    return np.concatenate([seen.unsure, drawn]), e
 
 
-def multiply(
-    fold: Fold, work: Workspace, span: tuple[int, int], most: Callable[[], float], gated: Callable[[Array], None]
-) -> float:
-    """y into the workspace; the bound e of its error in any entry of the block.
-
-    most: the size of the largest entry of b; gated: adds b times what it is given to y. Both are asked for only where there are gates.
-    """
-    rows = slice(*span)
-    y = work.y[: span[1] - span[0]]
+def bound_of(fold: Fold, rows: slice, top: float) -> float:
+    """The bound e of the error of y in any entry of these rows; top: the size of the largest entry of b, asked for with gates only."""
     e = TINY if fold.probes.dtype == np.float32 else 0.0
     size = 0.0
-    if fold.added is not None:
-        e += product(fold, fold.added, y, *span)
-        size += float(fold.added.size[rows].max())
-    else:
-        y.fill(0)
-    if fold.gates is not None:
-        gate, top = work.g[: len(y)], most()
-        e += product(fold, fold.gates, gate, *span) * top
-        size += float(fold.gates.size[rows].max()) * top
-        gated(gate)
+    for of, by in ((fold.added, 1.0), (fold.gates, top)):
+        if of is not None:
+            e += float(of.bound(rows, fold.roundoff).max(initial=0)) * by
+            size += float(of.size[rows].max(initial=0)) * by
     return e + 8 * fold.roundoff * size
 
 
-def product(fold: Fold, of: Product, out: Array, start: int, stop: int) -> float:
-    """out = left @ right for these rows, probed; the bound of an entry's error. Raises FaultError."""
-    left = of.quick_left[start:stop]
-    for column in range(0, of.width, PANEL):
-        np.matmul(left, of.quick_right[:, column : column + PANEL], out=out[:, column : column + PANEL])
-    each = (left.shape[1] + 4) * fold.roundoff * of.size[start:stop]  # k products and sums, the factors' own rounding
-    started = time.perf_counter()  # the clock of a thread takes longer to read than a probe takes
-    probe(fold, of, out, start, each)
-    fold.tally.probing += time.perf_counter() - started
-    return float(each.max(initial=0))
-
-
-def probe(fold: Fold, of: Product, out: Array, start: int, each: Array) -> None:
-    """Freivalds' test of these rows of the product; each: the bound of the error of a row's entries. Raises FaultError."""
+def product(fold: Fold, of: Product, out: Array, start: int) -> None:
+    """out = left @ right for these rows, probed. Raises FaultError."""
+    left, right = of.quick
     rows = slice(start, start + len(out))
-    expected = of.left[rows] @ of.probed
-    found = np.zeros_like(expected)
+    for column in range(0, of.width, PANEL):
+        np.matmul(left[rows], right[:, column : column + PANEL], out=out[:, column : column + PANEL])
+    started = time.perf_counter()  # the clock of a thread takes longer to read than a probe takes
+    found = np.zeros((len(out), PROBES))
     for column in range(0, of.width, PANEL):
         panel = slice(column, column + PANEL)
         found += out[:, panel] @ fold.probes[panel]
+    judge(fold, of, found, rows, lambda row: cast(Array, out[row - start]))
+    fold.tally.probing += time.perf_counter() - started
+
+
+def judge(fold: Fold, of: Product, found: Array, rows: slice, row_of: Callable[[int], Array]) -> None:
+    """Freivalds' test of these rows of a product; found: (rows, PROBES), its product with the probes, summed in float32 over a panel.
+
+    row_of: a row of the product as it was found, to name the entry. Raises FaultError.
+    """
+    expected = of.left[rows] @ of.probed
     summed = 2 * (min(of.width, PANEL) + 4) * fold.roundoff * of.length[rows, None] * fold.lengths[0]
-    bound = summed + (each[:, None] + (TINY if out.dtype == np.float32 else 0)) * fold.lengths[1]
+    tiny = TINY if fold.probes.dtype == np.float32 else 0
+    bound = summed + (of.bound(rows, fold.roundoff)[:, None] + tiny) * fold.lengths[1]
     ratio = np.abs(found - expected) / np.maximum(bound, np.finfo(np.float64).tiny)
     worst = float(ratio.max(initial=0))
     if not worst <= 1:
-        row = int(np.argmax(np.nan_to_num(ratio, nan=np.inf).max(axis=1)))
-        raise located(of, out, start, row, worst)
+        row = rows.start + int(np.argmax(np.nan_to_num(ratio, nan=np.inf).max(axis=1)))
+        raise located(of, row_of(row), row, worst)
     fold.tally.probe_ratio = max(fold.tally.probe_ratio, worst)
     fold.tally.detectable = max(fold.tally.detectable, float(bound.max(initial=0)))
 
 
-def located(of: Product, out: Array, start: int, row: int, ratio: float) -> FaultError:
+def located(of: Product, found: Array, row: int, ratio: float) -> FaultError:
     """The entry of a probed row that is furthest from the product in float64."""
-    exact = of.left[start + row] @ of.right
-    gap = np.nan_to_num(np.abs(out[row] - exact), nan=np.inf)
+    exact = of.left[row] @ of.right
+    gap = np.nan_to_num(np.abs(found - exact), nan=np.inf)
     column = int(gap.argmax())
-    return FaultError(start + row, column, float(exact[column]), float(out[row, column]), ratio)
+    return FaultError(row, column, float(exact[column]), float(found[column]), ratio)
 
 
 def narrow(z: Array, target: Format, out: Array, spare: Array) -> None:

@@ -96,11 +96,15 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def multiply_adds(model: nn.Module, signature: Signature, example: tuple[Tensor, ...]) -> int:
-    """Multiply-adds of one call on the example (batch 1), as torch counts them."""
+    """Multiply-adds of one call on the example (batch 1), as torch counts them.
+
+    Attention is computed by plain products meanwhile: torch does not count its fused operators on a CPU.
+    """
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         plain(model, signature)(*example)
     return int(counter.get_total_flops()) // 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from reparam_export.streaming.formats import BF16, F16, F32, F64, Format, finite
 from reparam_export.streaming.rows import FaultError, Fold, fold_rows, workspace
 from reparam_export.verification.weights import half_ulp as half_ulp_of_torch
 
+Mutate = Callable[[str, str], None]
+STORED = "store i16 %stored, ptr %out.i, align 2"  # where the compiled loop rounds
 DTYPES = {BF16: torch.bfloat16, F16: torch.float16, F32: torch.float32}
 
 
@@ -91,10 +94,11 @@ def test_what_exceeds_the_format_is_refused() -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("source", [BF16, F32], ids=lambda f: f.short)
-def test_a_wrong_entry_of_the_rounded_block_is_named(monkeypatch: pytest.MonkeyPatch, source: Format) -> None:
+def test_a_wrong_entry_of_the_rounded_block_is_named(
+    monkeypatch: pytest.MonkeyPatch, source: Format, compiled_with: Mutate
+) -> None:
     fold, exact = case(source, BF16, gates=True, seed=2)
-    place = kernel if fold.compiled else rows
-    honest = place.narrow
+    honest = rows.narrow
 
     def faulty(*given: Any) -> None:
         honest(*given)
@@ -102,7 +106,18 @@ def test_a_wrong_entry_of_the_rounded_block_is_named(monkeypatch: pytest.MonkeyP
         if len(out) > 7:
             out[7, 30] += 2  # two units in the last place
 
-    monkeypatch.setattr(place, "narrow", faulty)
+    monkeypatch.setattr(rows, "narrow", faulty)
+    compiled_with(
+        STORED,
+        f"""
+  %raw.here = load i16, ptr %raw.i, align 2
+  %column.here = icmp eq i64 %i, 30
+  %value.here = icmp eq i16 %raw.here, {int(fold.values[7, 30])}
+  %here = and i1 %column.here, %value.here
+  %wrong = select i1 %here, i16 2, i16 0
+  %odd = add i16 %stored, %wrong
+  store i16 %odd, ptr %out.i, align 2""",
+    )
     with pytest.raises(FaultError) as caught:
         folded(fold)
     assert (caught.value.row, caught.value.column) == (7, 30)
@@ -111,19 +126,40 @@ def test_a_wrong_entry_of_the_rounded_block_is_named(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_compiled_check_that_sees_nothing_is_not_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_check_that_sees_nothing_is_not_the_only_one(compiled_with: Mutate) -> None:
     """Every stored value one unit off, and a check that finds nothing: some entries are computed again in float64 all the same."""
     fold, _ = case(BF16, BF16, gates=False, seed=2)
-    honest = kernel.narrow
-
-    def faulty(raw: np.ndarray, y: np.ndarray, out: np.ndarray) -> None:
-        honest(raw, y, out)
-        out += 1
-
-    monkeypatch.setattr(kernel, "narrow", faulty)
-    monkeypatch.setattr(kernel, "check", lambda *_: kernel.Seen(0, 1.0, 0.0, 0.0))
+    compiled_with(STORED, "%odd = add i16 %stored, 1\n  store i16 %odd, ptr %out.i, align 2")
+    compiled_with("%unsure = and <16 x i1> %open, %inside", "%unsure = and <16 x i1> zeroinitializer, %inside")
     with pytest.raises(FaultError):
         folded(fold)
+
+
+SHAPES = [(1, 1), (3, 16), (5, 31), (17, 513), (33, 1040), (2, 2048)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("k", "gate_k"), [(1, 0), (40, 0), (5, 3), (0, 2), (0, 0)])
+def test_bfloat16_of_any_shape_is_that_of_float64(shape: tuple[int, int], k: int, gate_k: int) -> None:
+    """Compiled loops take 4 rows, 32 columns and tiles of 16 x 512 at a time; what is left over is a matter of its own."""
+    generator = np.random.default_rng(k)
+    raw = rounded(generator.standard_normal(shape) * 0.02, BF16)
+    base = wide(raw, BF16)
+
+    def pairs(n: int) -> tuple[Any, ...]:
+        left, right = generator.standard_normal((shape[0], n)), 1e-3 * generator.standard_normal((n, shape[1]))
+        return ((left, right),) if n else ()
+
+    added, gates = pairs(k), pairs(gate_k)
+    exact = base + sum((left @ right for left, right in added), np.zeros(shape))
+    exact += base * sum((left @ right for left, right in gates), np.zeros(shape))
+    fold = Fold.of(raw, BF16, BF16, (added, gates), 0)
+    found = fold_rows(fold, workspace(fold), 0, shape[0])
+    assert np.array_equal(found, raw_of(round_once(torch.from_numpy(exact), torch.bfloat16)))
+    assert fold.tally.changed == pytest.approx(((exact - base) ** 2).sum(), rel=1e-4)
+    kept = ((exact - base) * (wide(found, BF16) - base)).sum()
+    assert fold.tally.kept == pytest.approx(kept, rel=1e-3, abs=1e-4 * fold.tally.changed)
+    assert fold.tally.error == pytest.approx(np.abs(wide(found, BF16) - exact).max(), rel=1e-3)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -172,7 +208,7 @@ def test_bfloat16_that_is_not_finite_or_becomes_so_is_refused(odd: int) -> None:
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("size", [2e-3, 1e-1, np.nan])
 def test_a_wrong_entry_of_a_product_is_named(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
-    fold, _ = case(BF16, BF16, gates=False, seed=3)
+    fold, _ = case(F32, BF16, gates=False, seed=3)
     honest = np.matmul
 
     def faulty(left: np.ndarray, right: np.ndarray, out: np.ndarray) -> None:
@@ -185,6 +221,35 @@ def test_a_wrong_entry_of_a_product_is_named(monkeypatch: pytest.MonkeyPatch, si
         folded(fold)
     assert caught.value.row == 11
     assert caught.value.column % 64 == 5
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("gates", [False, True])
+@pytest.mark.parametrize("by", [0.1, 1.0, np.nan])
+def test_a_wrong_compiled_product_is_named(compiled_with: Mutate, by: float, gates: bool) -> None:
+    """One factor's entry is read wrongly: it is the row's largest output that is furthest off."""
+    fold, _ = case(BF16, BF16, gates=gates, seed=3)
+    of = fold.gates if gates else fold.added
+    assert of is not None
+    value = np.float32(of.left[11, 1])
+    compiled_with(
+        "  %one = insertelement <16 x float> poison, float %value, i64 0\n",
+        f"""
+  %here = fcmp oeq float %value, {constant(value)}
+  %read = select i1 %here, float {constant(value * np.float32(1 + by))}, float %value
+  %one = insertelement <16 x float> poison, float %read, i64 0
+""",
+    )
+    with pytest.raises(FaultError) as caught:
+        folded(fold)
+    assert caught.value.row == 11
+    assert np.isnan(by) or caught.value.column == np.abs(of.right[1]).argmax()
+    assert not caught.value.ratio <= 1
+
+
+def constant(value: float) -> str:
+    """A float as LLVM writes it: the bits of the same double."""
+    return f"0x{np.float64(value).view(np.uint64):016X}"
 
 
 @pytest.mark.parametrize("of", [BF16, F16, F32], ids=lambda f: f.short)
