@@ -11,6 +11,7 @@ their medians are what counts. ``cp + sync`` waits until the copy is on the disk
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import platform
@@ -188,8 +189,9 @@ def make_native(file: Path, base: Path, size: str, kind: str) -> None:
 def run(name: str, command: list[str]) -> Run:
     """A process from start to end. Raises when it fails."""
     load = os.getloadavg()[0]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     peak = [0]
     watcher = threading.Thread(target=_watch, args=(process.pid, peak), daemon=True)
     watcher.start()
@@ -341,6 +343,7 @@ def main() -> None:
     parser.add_argument("--once", action="store_true", help="one run of fuse with LoRA, for models larger than memory")
     parser.add_argument("--folder", type=Path, help="where to make the model; default: a temporary folder")
     given = parser.parse_args()
+    compileall.compile_dir(ROOT / "reparam_export", quiet=1)  # as pip does it with peft
     with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
         place = Path(scratch)
         make_model(place / "base", given.size)

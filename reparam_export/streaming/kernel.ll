@@ -237,20 +237,31 @@ done:
   ret void
 }
 
-; exact, into float64
-define void @widen(ptr noalias %raw, ptr noalias %out, i64 %n) {
+; exact, into float64: rows of raw that lie ``stride`` entries apart
+define void @widen(ptr noalias %raw, i64 %stride, ptr noalias %out, i64 %rows, i64 %columns) {
 start:
+  br label %down
+down:
+  %row = phi i64 [ 0, %start ], [ %row.next, %down.next ]
+  %raw.start = mul i64 %row, %stride
+  %out.start = mul i64 %row, %columns
+  %raw.row = getelementptr inbounds i16, ptr %raw, i64 %raw.start
+  %out.row = getelementptr inbounds double, ptr %out, i64 %out.start
   br label %loop
 loop:
-  %i = phi i64 [ 0, %start ], [ %next, %loop ]
-  %raw.i = getelementptr inbounds i16, ptr %raw, i64 %i
+  %i = phi i64 [ 0, %down ], [ %next, %loop ]
+  %raw.i = getelementptr inbounds i16, ptr %raw.row, i64 %i
   %single = call float @single(ptr %raw.i)
   %b = fpext float %single to double
-  %out.i = getelementptr inbounds double, ptr %out, i64 %i
+  %out.i = getelementptr inbounds double, ptr %out.row, i64 %i
   store double %b, ptr %out.i, align 8
   %next = add nuw nsw i64 %i, 1
-  %end = icmp eq i64 %next, %n
-  br i1 %end, label %done, label %loop
+  %end = icmp eq i64 %next, %columns
+  br i1 %end, label %down.next, label %loop
+down.next:
+  %row.next = add nuw nsw i64 %row, 1
+  %bottom = icmp eq i64 %row.next, %rows
+  br i1 %bottom, label %done, label %down
 done:
   ret void
 }

@@ -121,12 +121,14 @@ def _places(of: Pair | None, start: int, rows: int, columns: int) -> tuple[int, 
     return left.ctypes.data, of.right.ctypes.data, k
 
 
-def widen(raw: Array) -> Array:
-    """bfloat16 (uint16, any shape) as a new float64 array, exactly."""
-    out = np.empty(raw.shape, np.float64)
-    raw = np.require(raw, requirements=["C", "A"])
+def widen(raw: Array, buffer: Array) -> Array:
+    """bfloat16 (uint16, (rows, columns), rows contiguous) in float64, exactly: a view of the flat buffer."""
+    rows, columns = raw.shape
+    if raw.strides[1] != 2 or not raw.flags.aligned or buffer.size < raw.size:
+        raise ValueError(f"strides {raw.strides} of {raw.shape}, aligned: {raw.flags.aligned}, into {buffer.size}")
+    out = buffer[: raw.size].reshape(rows, columns)
     if raw.size:
-        _compiled().widen(raw.ctypes.data, out.ctypes.data, raw.size)
+        _compiled().widen(raw.ctypes.data, raw.strides[0] // 2, out.ctypes.data, rows, columns)
     return out
 
 
@@ -141,7 +143,7 @@ class _Library:
         def function(name: str, *types: Any) -> Any:
             return ctypes.CFUNCTYPE(*types)(engine.get_function_address(name))
 
-        self.widen = function("widen", None, at, at, n)
+        self.widen = function("widen", None, at, n, at, n, n)
         self.multiplied = function("multiplied", None, *product, n, n, n, n, at)
         self.fold = function(
             "fold", n, at, at, n, n, *product, at, *product, at, at, at, at, ctypes.c_float, at, at, at

@@ -15,7 +15,8 @@ import numpy as np
 from reparam_export.streaming import kernel
 from reparam_export.streaming.formats import BF16, Array, Format, largest, wide
 
-CHUNK = 1 << 17  # entries widened to float64 at a time: they stay in cache
+TILE = 128, 1024  # rows and columns widened to float64 at a time: they stay in cache
+CHUNK = 1 << 17  # entries searched at a time
 
 
 @dataclass
@@ -56,45 +57,45 @@ class Mapped:
 
     def __matmul__(self, right: Array) -> Array:
         self.passes += 1
-        return self._product(right, by_columns=self.transposed)
+        made = self._product(right.reshape(len(right), -1), by_columns=self.transposed)
+        return made.reshape(-1, *right.shape[1:])
 
     def __rmatmul__(self, left: Array) -> Array:
         if self.of_watch and self.watch is not None and left is self.watch.x and self.watch.product is not None:
             return self.watch.product
         self.passes += 1
-        flat = np.ascontiguousarray(left.reshape(-1, left.shape[-1]).T)
-        made = self._product(flat, by_columns=not self.transposed)
+        made = self._product(left.reshape(-1, left.shape[-1]).T, by_columns=not self.transposed)
         return cast(Array, made.T.reshape(*left.shape[:-1], -1))
 
     def _product(self, right: Array, *, by_columns: bool) -> Array:
-        """values @ right, or values.T @ right when by columns; rows of values at a time."""
+        """values @ right, or values.T @ right when by columns; a tile of values at a time."""
         rows, columns = self.values.shape
-        out = np.zeros((columns if by_columns else rows, *right.shape[1:]))
-        for start, block in self.blocks():
-            part = slice(start, start + len(block))
+        out = np.zeros((right.shape[1], columns) if by_columns else (rows, right.shape[1]))
+        for down, across, tile in self.tiles():
             if by_columns:
-                out += (right[part].T @ block).T
+                out[:, across] += right[down].T @ tile
             else:
-                out[part] = block @ right
-        return out
+                out[down] += tile @ right[across]
+        return out.T if by_columns else out
 
-    def blocks(self) -> Iterator[tuple[int, Array]]:
-        """Stored rows in float64, a block at a time, with the number of the first."""
+    def tiles(self) -> Iterator[tuple[slice, slice, Array]]:
+        """Stored values in float64, a tile at a time, which holds until the next, with its rows and columns."""
         rows, columns = self.values.shape
-        step = max(1, CHUNK // max(1, columns))
         watch = self.watch if self.watch is not None and self.watch.product is None else None
         inputs = self.transposed != self.of_watch  # rows of values are W's inputs
         seen = None if watch is None else np.zeros((len(watch.x), columns if inputs else rows))
-        for start in range(0, rows, step):
-            values = self.values[start : start + step]
-            block = kernel.widen(values) if self.of is BF16 else wide(values, self.of)
-            if watch is not None and seen is not None:
-                part = slice(start, start + len(block))
-                if inputs:
-                    seen += watch.x[:, part] @ block
-                else:
-                    seen[:, part] = watch.x @ block.T
-            yield start, block
+        buffer = np.empty(TILE[0] * TILE[1])
+        for row in range(0, rows, TILE[0]):
+            for column in range(0, columns, TILE[1]):
+                down, across = slice(row, min(row + TILE[0], rows)), slice(column, min(column + TILE[1], columns))
+                values = self.values[down, across]
+                tile = kernel.widen(values, buffer) if self.of is BF16 else wide(values, self.of)
+                if watch is not None and seen is not None:
+                    if inputs:
+                        seen[:, across] += watch.x[:, down] @ tile
+                    else:
+                        seen[:, down] += watch.x[:, across] @ tile.T
+                yield down, across, tile
         if watch is not None:
             watch.product = seen
 

@@ -265,7 +265,9 @@ def test_formats_are_those_of_torch(of: Format) -> None:
     assert np.array_equal(wide(raw, of), round_once(values, DTYPES[of]).double().numpy())
     normal = values[values.abs() >= torch.finfo(DTYPES[of]).tiny]
     assert np.array_equal(half_ulp(normal.numpy(), of), half_ulp_of_torch(normal, DTYPES[of]).numpy())
-    assert of is not BF16 or np.array_equal(kernel.widen(raw), wide(raw, of))
+    if of is BF16:
+        part = raw.reshape(50, 100)[3:, 10:43]
+        assert np.array_equal(kernel.widen(part, np.empty(5000)), wide(part, of))
     assert finite(raw, of)
     for odd in (np.nan, np.inf, -np.inf):
         assert not finite(rounded(np.array([1.0, odd]), of), of)
