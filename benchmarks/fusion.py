@@ -5,7 +5,7 @@
 
 Every round runs each command once, in random order, since a disk is not the same from minute to minute; ratios are made within a round, and
 their medians are what counts. ``cp + sync`` waits until the copy is on the disk, as ``fuse`` does. Anonymous memory is sampled from
-/proc/PID/smaps_rollup every 20 ms; files that are mapped do not count.
+/proc/PID/smaps_rollup every 20 ms; files that are mapped do not count. That slows down who is sampled, so it is done in a round of its own.
 """
 
 from __future__ import annotations
@@ -186,15 +186,15 @@ def make_native(file: Path, base: Path, size: str, kind: str) -> None:
     torch.save({"format": "reparam-export/1", "base": f"hf:{base}", "adapters": adapters, "replaced": {}}, file)
 
 
-def run(name: str, command: list[str]) -> Run:
-    """A process from start to end. Raises when it fails."""
+def run(name: str, command: list[str], *, watched: bool) -> Run:
+    """A process from start to end; its memory where it is watched, which takes time. Raises when it fails."""
     load = os.getloadavg()[0]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     peak = [0]
-    watcher = threading.Thread(target=_watch, args=(process.pid, peak), daemon=True)
-    watcher.start()
+    if watched:
+        threading.Thread(target=_watch, args=(process.pid, peak), daemon=True).start()
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -231,21 +231,21 @@ def commands(place: Path) -> dict[str, list[str]]:
 
 
 def measure(place: Path, rounds: int) -> tuple[list[list[Run]], dict[str, Any]]:
-    """All commands, ``rounds`` times in random order, and what the fusions said of themselves."""
+    """All commands, watched once and then ``rounds`` times in random order, and what the fusions said of themselves."""
     generator = random.Random(0)
     said: dict[str, Any] = {}
     found = []
-    for number in range(rounds):
+    for number in range(rounds + 1):
         order = list(commands(place).items())
         generator.shuffle(order)
         runs = []
         for name, command in order:
             shutil.rmtree(place / "out", ignore_errors=True)
             os.sync()
-            runs.append(run(name, command))
-            print(f"round {number + 1}: {name}: {runs[-1].wall:.2f} s", flush=True)
+            runs.append(run(name, command, watched=number == 0))
+            print(f"round {number}: {name}: {runs[-1].wall:.2f} s", flush=True)
             record = place / "out" / "fused.json"
-            if record.is_file():
+            if record.is_file() and number:
                 content = json.loads(record.read_text())
                 said.setdefault(name, []).append(
                     {k: content[k] for k in ("cpu_seconds", "seconds", "survival") if k in content}
@@ -263,13 +263,14 @@ def ratios(found: list[list[Run]], above: str, below: str, without: str | None =
 
 
 def summary(found: list[list[Run]], said: dict[str, Any]) -> dict[str, Any]:
-    """Medians, ratios and the share of the probes."""
-    names = [r.name for r in found[0]]
+    """Medians, ratios and the share of the probes; memory from the first round, which is not timed."""
+    watched, *found = found
+    names = [r.name for r in watched]
     medians = {n: round(statistics.median(r.wall for runs in found for r in runs if r.name == n), 2) for n in names}
     cpu = {
         n: round(statistics.median(r.user + r.system for runs in found for r in runs if r.name == n), 2) for n in names
     }
-    memory = {n: max(r.anonymous for runs in found for r in runs if r.name == n) for n in names}
+    memory = {r.name: r.anonymous for r in watched}
     shares = {
         n: [s["cpu_seconds"]["of which probes"] / s["cpu_seconds"]["fold"] for s in each] for n, each in said.items()
     }
@@ -356,7 +357,7 @@ def main() -> None:
         content["bytes"] = sum(f.stat().st_size for f in (place / "base").iterdir())
         if given.once:
             os.sync()
-            content["run"] = asdict(run("fuse LoRA", commands(place)["fuse LoRA"]))
+            content["run"] = asdict(run("fuse LoRA", commands(place)["fuse LoRA"], watched=True))
             record = json.loads((place / "out" / "fused.json").read_text())
             content["fused.json"] = {k: record[k] for k in ("cpu_seconds", "seconds", "bytes")}
             content["layers"] = {
