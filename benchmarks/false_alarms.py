@@ -82,13 +82,14 @@ def main() -> None:
         paths, kept["multiply_adds"] = files(Path(folder))
         inputs = Path(folder) / "inputs.npz"
         np.savez(inputs, image=np.random.default_rng(0).standard_normal((1, 3, 224, 224), dtype=np.float32))
-        kept["machine"] = machine.describe()
         for seed in range(given.runs):
             for subject in ("same", "more"):
                 if (subject, seed) not in done:
                     kept["runs"].append(run(paths, inputs, subject, seed, given.max_time))
+                    kept["machine"] = machine.describe()
                     RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
                     print(kept["runs"][-1], flush=True)
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     print(f"multiply-adds of more / base: {kept['multiply_adds']:.4f}")
     for subject in ("same", "more"):
         runs = [r for r in kept["runs"] if r["subject"] == subject]

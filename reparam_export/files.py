@@ -116,6 +116,14 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def exported_sha256(path: Path) -> str:
+    """Digest of an exported file or folder; of an ONNX file with its weights beside it (``<path>.data``), of both digests, one a line."""
+    data = path.with_name(f"{path.name}.data")
+    if not data.is_file():
+        return sha256(path)
+    return hashlib.sha256(f"{sha256(path)}\n{sha256(data)}\n".encode()).hexdigest()
+
+
 def fingerprint(path: Path) -> str:
     """xxh3 of a file, or of all files of a folder with their names: has it changed? Fast enough for a model's own weights.
 

@@ -33,6 +33,15 @@ def test_kept_results_are_whole_and_their_verdicts_follow_from_their_raw_times(p
         assert [ratio.look for ratio in again] == [ratio.look for ratio in case.ratios]
 
 
+def test_identical_models_were_never_called_different_and_more_work_always() -> None:
+    kept = json.loads((RESULTS / "false_alarms.json").read_text(encoding="utf-8"))
+    same, more = ([r for r in kept["runs"] if r["subject"] == subject] for subject in ("same", "more"))
+    assert len(same) == len(more) == 50
+    assert kept["multiply_adds"] < 1.0501
+    assert {r["verdict"] for r in same} == {"no added cost"}
+    assert {r["verdict"] for r in more} == {"added cost"}
+
+
 @pytest.mark.parametrize(("kind", "adapters"), [("hydra", 24), ("glora", 48), ("lora", 24)])
 def test_a_checkpoint_of_the_papers_sizes_is_read_back(kind: str, adapters: int, tmp_path: Path) -> None:
     assert checkpoints.checkpoint("vit_tiny", kind, tmp_path / "ckpt.pt") is None

@@ -96,6 +96,8 @@ def show(console: Console, found: Measurement) -> None:
 
 def interval(ratio: Ratio) -> str:
     """``1.0003 [0.9986, 1.0018]``."""
+    if ratio.within is None:
+        return f"{ratio.ratio:.4f} (one round)"
     return f"{ratio.ratio:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]"
 
 

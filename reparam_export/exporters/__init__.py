@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.errors import EquivalenceError, UsageError
 from reparam_export.exporters.artifact import Artifact
-from reparam_export.files import sha256
+from reparam_export.files import exported_sha256
 from reparam_export.fusion import DTYPES
 from reparam_export.verification.certificate import OutputEvidence
 from reparam_export.verification.outputs import Reference, compare
@@ -123,7 +123,7 @@ def to_onnx(model: VerifiedModel, folder: Path, options: Options) -> Artifact:
         path=path.name,
         precision=options.precision,
         size=sum(f.stat().st_size for f in folder.glob("model.onnx*")),
-        sha256=sha256(path),
+        sha256=exported_sha256(path),
         weights_sha256=model.certificate.weights_sha256,
         ran=True,
         note=f"run by onnxruntime on the {graph.pop('device')} at batch {', '.join(map(str, dict.fromkeys((1, 2, largest))))}: "
@@ -280,7 +280,7 @@ def to_engine(model: VerifiedModel, folder: Path, options: Options, source: Arti
         path=path.name,
         precision=options.precision,
         size=path.stat().st_size,
-        sha256=sha256(path),
+        sha256=exported_sha256(path),
         weights_sha256=model.certificate.weights_sha256,
         ran=ran,
         note=f"built from {source.path} by {details['builder']}; audited: {inside}; {run}",

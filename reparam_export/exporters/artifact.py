@@ -17,7 +17,7 @@ class Artifact:
     path: str  # relative to the output folder
     precision: str  # "fp32", "fp16", "bf16", or "as stored"
     size: int  # bytes, external data included
-    sha256: str
+    sha256: str  # as files.exported_sha256
     weights_sha256: str  # of the verified weights it was made from
     ran: bool  # it was executed here against the reference; False: audited only
     note: str  # one line for the user: what was done, and what could not be

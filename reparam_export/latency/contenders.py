@@ -16,7 +16,7 @@ from reparam_export.assembly import fused, opened
 from reparam_export.errors import CheckpointError, ExportError, FusionError
 from reparam_export.exporters import Options, lower, write_fp32
 from reparam_export.exporters.onnx import differences
-from reparam_export.files import read_json, sha256
+from reparam_export.files import exported_sha256, read_json
 from reparam_export.folder import ARTIFACTS
 from reparam_export.fusion import DTYPES
 from reparam_export.latency.measurement import Contest, Size, Structure
@@ -108,7 +108,7 @@ def exported(folder: Path, weights_sha256: str, target: str) -> dict[str, Any] |
     for entry in entries:
         if entry.get("target") == target and not entry.get("failure") and entry.get("weights_sha256") == weights_sha256:
             file = folder / entry["path"]
-            if not file.is_file() or sha256(file) != entry["sha256"]:
+            if not file.is_file() or exported_sha256(file) != entry["sha256"]:
                 raise CheckpointError(f"{file}: missing or changed since it was exported; run export again")
             found: dict[str, Any] = entry
             return found

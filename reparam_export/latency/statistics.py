@@ -62,6 +62,11 @@ class Ratio:
     look: Look  # the look that decided, else the last one
     more: int | None  # rounds that would probably decide; None when it is decided
 
+    @property
+    def within(self) -> tuple[float, float] | None:
+        """The interval; None where one round is all there is."""
+        return (self.low, self.high) if math.isfinite(self.high) else None
+
 
 def log_ratios(over: Sequence[Sequence[int]], under: Sequence[Sequence[int]]) -> Array:
     """One log ratio a round, from run times (rounds, cycles) in any unit; run j of both stood in the same cycle."""

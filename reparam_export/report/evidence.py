@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args
 from reparam_export.analysis import BranchAnalysis
 from reparam_export.errors import CheckpointError
 from reparam_export.exporters.artifact import Artifact
-from reparam_export.files import sha256
+from reparam_export.files import exported_sha256
 from reparam_export.latency.measurement import Measurement
 from reparam_export.latency.measurement import from_json as measurement_from_json
 from reparam_export.verification.certificate import (
@@ -252,7 +252,11 @@ def _one_exported(folder: Path, raw: dict[str, Any], weights_sha256: str) -> Exp
     stale = ""
     if artifact.weights_sha256 != weights_sha256:
         stale = f"was made from other weights (sha256 {artifact.weights_sha256[:12]}) than those in this folder"
-    elif artifact.path and (folder / artifact.path).exists() and sha256(folder / artifact.path) != artifact.sha256:
+    elif (
+        artifact.path
+        and (folder / artifact.path).exists()
+        and exported_sha256(folder / artifact.path) != artifact.sha256
+    ):
         stale = "is not the file that was exported and compared"
     return Exported(artifact=artifact, audit=audit, stale=stale)
 

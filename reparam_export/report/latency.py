@@ -87,9 +87,9 @@ def ratio_rows(found: Measurement) -> list[Row]:
             f"{ratio.over} / {ratio.under}",
             (
                 f"{ratio.ratio:.4f}",
-                f"{ratio.low:.4f} to {ratio.high:.4f}",
+                f"{ratio.low:.4f} to {ratio.high:.4f}" if ratio.within else "not known",
                 count(ratio.rounds),
-                f"{100 * ratio.spread:.1f} %",
+                f"{100 * ratio.spread:.1f} %" if ratio.within else "not known",
                 PLACES[ratio.look.position],
             ),
             name_of(case),
@@ -177,11 +177,15 @@ def change(ratio: Ratio) -> str:
 
 def between(ratio: Ratio) -> str:
     """``-0.20 % to +0.18 %``."""
+    if ratio.within is None:
+        return "one round, no interval"
     return f"{100 * (ratio.low - 1):+.2f} % to {100 * (ratio.high - 1):+.2f} %"
 
 
 def factor(ratio: Ratio) -> str:
     """``1.0003 (0.9986 to 1.0018)``."""
+    if ratio.within is None:
+        return f"{ratio.ratio:.4f} (one round)"
     return f"{ratio.ratio:.4f} ({ratio.low:.4f} to {ratio.high:.4f})"
 
 

@@ -18,6 +18,7 @@ from conftest import CASES, Case, own_model
 import reparam_export as rx
 from reparam_export import exporters
 from reparam_export.errors import EquivalenceError, ExportError, UsageError
+from reparam_export.files import exported_sha256
 from reparam_export.verification import VerifiedModel
 
 
@@ -143,6 +144,10 @@ def test_external_data_is_used_when_asked(hydra_model: VerifiedModel, tmp_path: 
     artifact = exporters.to_onnx(hydra_model, tmp_path, options)
     assert (tmp_path / "model.onnx.data").stat().st_size > 500_000
     assert artifact.size == sum(f.stat().st_size for f in tmp_path.glob("model.onnx*"))
+    assert exported_sha256(tmp_path / "model.onnx") == artifact.sha256
+    with (tmp_path / "model.onnx.data").open("r+b") as file:
+        file.write(bytes(16))
+    assert exported_sha256(tmp_path / "model.onnx") != artifact.sha256  # so a report no longer vouches for it
     again = exporters.to_onnx(hydra_model, tmp_path, exporters.Options(batch=(1, 2, 4)))
     assert not (tmp_path / "model.onnx.data").exists()
     assert again.ran

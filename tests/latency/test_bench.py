@@ -297,7 +297,7 @@ def test_a_round_of_long_runs_has_few_cycles_and_one_of_short_runs_many(syntheti
     answering = synthetic()
     run(1, 16, 640, rounds=1)
     plans = next(r["round"]["batches"] for r in answering.asked[::-1] if "round" in r)
-    assert plans == {1: (25, 2), 16: (6, 1), 640: (1, 1)}
+    assert plans == {1: (25, 2), 16: (6, 1), 640: (2, 1)}
 
 
 # The timing process.

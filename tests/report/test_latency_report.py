@@ -166,6 +166,8 @@ def test_plots_take_their_colours_from_the_page_and_name_what_they_show(
 def test_one_round_can_be_drawn(tmp_path: Path) -> None:
     text = write_report(folder(tmp_path, measurement(rounds=1))).html.read_text()
     assert "undecided" in text
+    assert "one round, no interval" in text
+    assert "inf %" not in text
     assert "inf" in json.dumps(json.loads((tmp_path / "latency.json").read_text())["cases"][0]["ratios"][0]).lower()
 
 
