@@ -25,13 +25,10 @@ define i64 @fold(ptr %raw, ptr %out, i64 %rows, i64 %columns,
 start:
   %plain = icmp eq i64 %k, 0
   %ungated = icmp eq i64 %gate.k, 0
-  br i1 %plain, label %clear, label %down
-clear:
-  call void @llvm.memset.p0.i64(ptr %y, i8 0, i64 32768, i1 false)
   br label %down
 down:
-  %row = phi i64 [ 0, %start ], [ 0, %clear ], [ %row.next, %down.next ]
-  %unsure.down = phi i64 [ 0, %start ], [ 0, %clear ], [ %unsure.more, %down.next ]
+  %row = phi i64 [ 0, %start ], [ %row.next, %down.next ]
+  %unsure.down = phi i64 [ 0, %start ], [ %unsure.more, %down.next ]
   %rows.left = sub i64 %rows, %row
   %high = call i64 @llvm.umin.i64(i64 %rows.left, i64 16)
   br label %across
@@ -40,7 +37,10 @@ across:
   %unsure.across = phi i64 [ %unsure.down, %down ], [ %unsure.more, %across.next ]
   %columns.left = sub i64 %columns, %column
   %wide = call i64 @llvm.umin.i64(i64 %columns.left, i64 512)
-  br i1 %plain, label %gates, label %change
+  br i1 %plain, label %clear, label %change
+clear:
+  call void @llvm.memset.p0.i64(ptr %y, i8 0, i64 32768, i1 false)
+  br label %gates
 change:
   call void @multiplied(ptr %left, ptr %right, i64 %k, i64 %row, i64 %high, i64 %column, i64 %wide, ptr %y)
   call void @probed(ptr %y, ptr %probes, ptr %found, i64 %row, i64 %high, i64 %column, i64 %wide)
@@ -50,13 +50,10 @@ gates:
 factor:
   call void @multiplied(ptr %gate.left, ptr %gate.right, i64 %gate.k, i64 %row, i64 %high, i64 %column, i64 %wide, ptr %gate)
   call void @probed(ptr %gate, ptr %probes, ptr %gate.found, i64 %row, i64 %high, i64 %column, i64 %wide)
-  br i1 %plain, label %clear.again, label %each
-clear.again:
-  call void @llvm.memset.p0.i64(ptr %y, i8 0, i64 32768, i1 false)
   br label %each
 each:
-  %i = phi i64 [ 0, %gates ], [ 0, %factor ], [ 0, %clear.again ], [ %i.next, %round ]
-  %unsure = phi i64 [ %unsure.across, %gates ], [ %unsure.across, %factor ], [ %unsure.across, %clear.again ], [ %unsure.more, %round ]
+  %i = phi i64 [ 0, %gates ], [ 0, %factor ], [ %i.next, %round ]
+  %unsure = phi i64 [ %unsure.across, %gates ], [ %unsure.across, %factor ], [ %unsure.more, %round ]
   %row.i = add i64 %row, %i
   %row.start = mul i64 %row.i, %columns
   %first = add i64 %row.start, %column

@@ -46,7 +46,7 @@ class Folded:
 
     evidence: LayerEvidence
     bias_changed: bool
-    proving: float = 0.0  # seconds of the thread that probes took
+    proving: float = 0.0  # seconds of the thread that probes took, but for those that a compiled loop sums on its way
 
 
 def fold_layer(touched: Touched, targets: Mapping[str, Format], write: Write, buffers: Buffers, seed: int) -> Folded:
