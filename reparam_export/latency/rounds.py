@@ -25,8 +25,7 @@ from reparam_export.latency.statistics import decided, is_look, log_ratios
 
 CYCLES = (3, 25)  # of a round, at least and at most
 ROUND_NS = 1_000_000_000  # what all cycles of one model should take together in a round
-LONG_NS = 2_000_000_000  # a run that is longer is its own average: two cycles, since a round has warmed up for them
-WARM_NS = 100_000_000  # after one run that is longer nothing is left to warm up
+LONG_NS = 2_000_000_000  # a run that is longer is its own average: two cycles are enough
 Progress = Callable[[str, int, float], None]  # (runner, rounds, seconds until the time is up)
 Raw = dict[str, list[list[int]]]  # nanoseconds by model, round and cycle
 
@@ -217,15 +216,15 @@ def _asking(job: Job) -> Iterator[Callable[..., dict[str, Any]]]:
 
 def _plans(
     ask: Callable[..., dict[str, Any]], contest: Contest, batches: Sequence[int], settings: Settings
-) -> dict[int, tuple[int, int]]:
-    """Cycles and warm-ups of a round at every batch size, from one run of each, which counts for nothing else."""
+) -> dict[int, int]:
+    """Cycles of a round at every batch size, from one cycle of each, which counts for nothing else."""
     place = {"seed": settings.seed, "cpus": cpus(settings.threads, random.Random(settings.seed))}
-    times = ask(round={**place, "batches": dict.fromkeys(batches, (1, 1))})["times"]
+    times = ask(round={**place, "batches": dict.fromkeys(batches, 1)})["times"]
     plans = {}
     for batch in batches:
         one = times[str(batch)][contest.base][0]
         fitting = min(max(round(ROUND_NS / one), CYCLES[0] if one < LONG_NS else 2), CYCLES[1])
-        plans[batch] = (settings.cycles or fitting, 1 if one > WARM_NS else 2)
+        plans[batch] = settings.cycles or fitting
     return plans
 
 

@@ -1,7 +1,7 @@
 """The process that takes time: ``python -m reparam_export.latency.worker``, one JSON request a line in, one answer a line out.
 
     {"job": {...}}                                                              first
-    {"round": {"seed": 1, "cpus": [0], "batches": {"1": [cycles, warm-ups]}}}   -> {"times": {"1": {"base": [ns, ...], ...}}}
+    {"round": {"seed": 1, "cpus": [0], "batches": {"1": cycles}}}              -> {"times": {"1": {"base": [ns, ...], ...}}}
     {"memory": {"model": "base", "batches": [1, 4]}}                            -> {"memory": {"1": bytes, ...}}
 
 Anything that goes wrong is answered with {"error": text}. It imports what its runner needs and no more.
@@ -22,6 +22,7 @@ from typing import IO, Any
 from reparam_export.latency.runners import Inputs, Job, Place, runner
 
 HIGHEST = -20  # nice value
+WARMUPS = 2  # onnxruntime plans its memory in the first run of a shape and allocates it in the second, page by page
 
 
 def main() -> None:
@@ -70,7 +71,7 @@ def _serve(requests: IO[str], out: IO[str]) -> None:
 
 
 def take_times(
-    place: Place, models: list[str], rows: Inputs, *, seed: int, cpus: list[int], batches: Mapping[str, tuple[int, int]]
+    place: Place, models: list[str], rows: Inputs, *, seed: int, cpus: list[int], batches: Mapping[str, int]
 ) -> dict[str, dict[str, list[int]]]:
     """One round: every model placed in a random order; at each batch warm-ups, then cycles of all models in a random order."""
     _pin(cpus)
@@ -80,11 +81,11 @@ def take_times(
     times: dict[str, dict[str, list[int]]] = {}
     gc.collect()
     gc.disable()
-    for batch, (cycles, warmups) in batches.items():
+    for batch, cycles in batches.items():
         inputs = repeated(rows, int(batch))
         runs = {model: prepare(inputs) for model, prepare in placed.items()}
         for run in runs.values():
-            for _ in range(warmups):
+            for _ in range(WARMUPS):
                 run()
         found: dict[str, list[int]] = {model: [] for model in models}
         for _ in range(cycles):
@@ -108,7 +109,7 @@ def take_memory(place: Place, rows: Inputs, model: str, batches: list[int]) -> d
     found: dict[str, int] = {}
     for batch in sorted(batches):
         run = prepare(repeated(rows, batch))
-        for _ in range(2):
+        for _ in range(WARMUPS):
             run()
         used = _on_gpu()
         peak = _peak() if before is None or used is None else used - before

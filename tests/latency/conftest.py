@@ -60,7 +60,7 @@ class Synthetic:
         if "memory" in request:
             return {"memory": {str(b): 1_000_000 * b for b in request["memory"]["batches"]}}
         times: dict[str, dict[str, list[int]]] = {}
-        for batch, (cycles, _) in request["round"]["batches"].items():
+        for batch, cycles in request["round"]["batches"].items():
             times[str(batch)] = {}
             for model in self.models:
                 placed = self.factors.get(model, 1.0) * np.exp(self.chance.normal(0, self.spread))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -23,7 +24,7 @@ from reparam_export.latency.measurement import Contest, from_json, verdict_of
 from reparam_export.latency.rounds import Models, Settings, Worker, WorkerError
 from reparam_export.latency.runners import Job, names, runner
 from reparam_export.latency.statistics import judged
-from reparam_export.latency.worker import repeated
+from reparam_export.latency.worker import WARMUPS, repeated
 
 FEW = Settings(rounds=2, cycles=2, max_time=300, memory=False)
 
@@ -297,7 +298,7 @@ def test_a_round_of_long_runs_has_few_cycles_and_one_of_short_runs_many(syntheti
     answering = synthetic()
     run(1, 16, 640, rounds=1)
     plans = next(r["round"]["batches"] for r in answering.asked[::-1] if "round" in r)
-    assert plans == {1: (25, 2), 16: (6, 1), 640: (2, 1)}
+    assert plans == {1: 25, 16: 6, 640: 2}
 
 
 # The timing process.
@@ -313,12 +314,36 @@ def job(folder: Path, name: str = "onnxruntime_cpu", file: str = "model.onnx") -
 def test_the_timing_process_is_pinned_and_single_threaded(exported: Path) -> None:
     with Worker(job(exported)) as worker:
         pid = worker._process.pid
-        worker.ask(round={"seed": 0, "cpus": [0], "batches": {1: (1, 1)}})
+        worker.ask(round={"seed": 0, "cpus": [0], "batches": {1: 1}})
         assert os.sched_getaffinity(pid) == {0}
         threads = {os.sched_getaffinity(int(t.name)) == {0} for t in Path(f"/proc/{pid}/task").iterdir()}
         assert threads == {True}
         environment = Path(f"/proc/{pid}/environ").read_bytes()
         assert b"OMP_NUM_THREADS=1" in environment
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted as Linux counts them")
+def test_after_the_warm_ups_onnxruntime_has_all_of_its_memory(tmp_path: Path) -> None:
+    import resource
+
+    import torch
+
+    from reparam_export.exporters.onnx import write
+    from reparam_export.models import Input, Signature
+
+    layers = torch.nn.Sequential(torch.nn.Linear(256, 2048), torch.nn.GELU(), torch.nn.Linear(2048, 256)).eval()
+    signature = Signature((Input("x", ("batch", 64, 256)),), ("output",))
+    write(layers, signature, {"x": torch.randn(2, 64, 256)}, tmp_path / "model.onnx")
+    place = runner("onnxruntime_cpu").load(Job("onnxruntime_cpu", "", {"a": str(tmp_path / "model.onnx")}, {}))
+    run = place("a")({"x": np.zeros((32, 64, 256), np.float32)})
+
+    def pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        run()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    found = [pages() for _ in range(WARMUPS + 3)]
+    assert min(found[:WARMUPS]) > 1000 > 10 * max(found[WARMUPS:])
 
 
 @pytest.mark.parametrize("name", ["onnxruntime_cpu", "torch_eager"])
@@ -331,7 +356,7 @@ def test_memory_is_that_of_one_model_in_a_process_of_its_own(exported: Path, nam
 def test_a_file_that_cannot_be_loaded_is_a_reason_not_a_crash(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"not onnx")
     with Worker(job(tmp_path)) as worker, pytest.raises(WorkerError, match=r"\w"):
-        worker.ask(round={"seed": 0, "cpus": [0], "batches": {1: (1, 1)}})
+        worker.ask(round={"seed": 0, "cpus": [0], "batches": {1: 1}})
 
 
 def test_a_timing_process_that_is_killed_is_an_error_with_its_signal(exported: Path) -> None:
@@ -339,7 +364,7 @@ def test_a_timing_process_that_is_killed_is_an_error_with_its_signal(exported: P
         os.kill(worker._process.pid, signal.SIGKILL)
         worker._process.wait()
         with pytest.raises(WorkerError, match="code -9, killed: out of memory"):
-            worker.ask(round={"seed": 0, "cpus": [0], "batches": {1: (1, 1)}})
+            worker.ask(round={"seed": 0, "cpus": [0], "batches": {1: 1}})
 
 
 def test_no_timing_process_is_left_behind(exported: Path) -> None:
