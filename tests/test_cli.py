@@ -64,6 +64,15 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.strip().endswith("[]")
 
 
+def test_a_reader_that_closes_the_output_is_no_verdict() -> None:
+    words = [sys.executable, "-m", "reparam_export", "inspect", str(CASES["peft_lora"].folder), "--json"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.communicate()[1] == ""
+    assert process.returncode == 141
+
+
 def test_inspect_reads_a_peft_folder_without_torch() -> None:
     folder = CASES["peft_lora"].folder
     code = (

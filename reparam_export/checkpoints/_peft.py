@@ -187,9 +187,8 @@ def base_spec(source: Source) -> str | None:
         return None
     if not isinstance(name, str) or len(name) > 1000 or any(c in "?&" or not c.isprintable() for c in name):
         raise CheckpointError(f"{source.path}: base_model_name_or_path is not a usable folder or hub id; pass --base")
-    beside = source.file.parent / str(name)
     task = source.config.get("task_type")
-    return f"hf:{beside if beside.is_dir() else name}" + (f"?task={task}" if task else "")
+    return f"hf:{source.near(name)}" + (f"?task={task}" if task else "")
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -33,6 +33,11 @@ class Source:
         """All tensors, to be taken one by one; what is not taken is an error."""
         return Claim(self.path, dict(self.tensors))
 
+    def near(self, place: str) -> str:
+        """The folder of a model that the checkpoint names: beside its file, else one of the working folder, or a hub id."""
+        beside = self.file.parent / place
+        return str(beside) if beside.is_dir() else place
+
 
 class Claim:
     """Tensors that a reader has to account for, every one of them."""

@@ -1,7 +1,7 @@
 """Our own format, ``reparam-export/1``: a torch file of plain data that says everything, so that converting it needs no option.
 
     {"format": "reparam-export/1",
-     "base": "timm:..." or "hf:..." or None,
+     "base": "timm:..." or "hf:..." or None         a relative folder is beside the file, or in the working folder
      "base_state": {name: tensor} or None           the base's state, when it is not to be had elsewhere
      "adapters": [{"module": "blocks.0.attn.proj", "kind": "hydra", "rows": None or [start, stop],
                    "params": {"parallel": {"down": {"weight": tensor, "bias": tensor or None}, "up": {...}}, ...}}],
@@ -49,11 +49,18 @@ def read(source: Source) -> Parts:
     return Parts(
         _with_paths(source, [_adapter(path, entry) for entry in adapters]),
         replaced=_tensors(path, content.get("replaced") or {}),
-        base=base,
+        base=None if base is None else _found(source, base),
         base_state=_tensors(path, content.get("base_state") or {}),
         notes=tuple(map(str, content.get("notes") or ())),
         covers=lambda names: [],  # attach() adapts what it is told to
     )
+
+
+def _found(source: Source, base: str) -> str:
+    """The same base with the place of its folder, where it has one."""
+    scheme, _, argument = base.partition(":")
+    place, mark, keywords = argument.partition("?")
+    return f"hf:{source.near(place)}{mark}{keywords}" if scheme == "hf" else base
 
 
 def _with_paths(source: Source, adapters: list[Adapter]) -> tuple[Adapter, ...]:

@@ -5,6 +5,7 @@ A command is a module with the name ``command``; it is found by its file name an
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -30,6 +31,19 @@ class Commands(click.Group):
         command: click.Command = plugins.load("cli", cmd_name).command
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError as error:  # click would make 1 of it, which means: not equivalent
+            raise ReaderGoneError from error
+
+
+class ReaderGoneError(Exception):
+    """Whoever read the output, such as ``head``, has closed it."""
+
 
 @click.group(
     cls=Commands,
@@ -52,6 +66,9 @@ def main() -> None:
     as_json = "--json" in sys.argv[1:]
     try:
         cli.main(standalone_mode=False)
+    except ReaderGoneError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what python flushes when it ends
+        sys.exit(128 + 13)  # what a shell says of a command that SIGPIPE ended
     except click.exceptions.Abort:
         _fail("Aborted", "interrupted", 130, as_json)
     except click.ClickException as error:

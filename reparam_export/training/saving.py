@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,8 @@ RUNNING = ("running_mean", "running_var")
 def save(model: nn.Module, path: str | Path, *, base: str | None, base_state: bool | None = None) -> None:
     """Write the trained model to ``path`` (.pt), as our own format; the file appears whole or not at all.
 
-    base: spec of the plain base, "timm:...", "hf:..." or "open_clip:..."; None: to be given when it is read.
+    base: spec of the plain base, "timm:...", "hf:..." or "open_clip:..."; None: to be given when it is read. A relative folder of the
+    working folder is kept as seen from the file, so that the two can be read from anywhere, and moved together.
     base_state: put the frozen base's tensors into the file, under the plain base's names; default: for a timm base
     without pretrained=true, which exists nowhere else. ``replaced`` are the trained modules and running statistics.
     Of a supernet without a fixed candidate, all paths are saved; ``--config checkpoint-N.pth.tar`` then chooses.
@@ -45,7 +47,7 @@ def save(model: nn.Module, path: str | Path, *, base: str | None, base_state: bo
     replaced = {name: state[name] for name in _trained_tensors(model) if name in state}
     content = {
         "format": NATIVE,
-        "base": base,
+        "base": None if base is None else _from(path.parent, base),
         "base_state": {name: t for name, t in state.items() if name not in replaced} if with_base else None,
         "adapters": [
             {
@@ -108,6 +110,15 @@ def _trained_tensors(model: nn.Module) -> list[str]:
     trained = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad]
     running = [name for name, _ in model.named_buffers() if name.endswith(RUNNING)]
     return trained + running
+
+
+def _from(folder: Path, base: str) -> str:
+    """A base in a relative folder, with the way to it from this one."""
+    scheme, _, argument = base.partition(":")
+    place, mark, keywords = argument.partition("?")
+    if scheme != "hf" or Path(place).is_absolute() or not Path(place).is_dir():
+        return base
+    return f"hf:{os.path.relpath(place, folder)}{mark}{keywords}"
 
 
 def _exists_nowhere_else(base: str | None) -> bool:
