@@ -11,8 +11,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -144,11 +144,7 @@ def peak_memory(job: Job, contest: Contest, batches: Sequence[int]) -> dict[int,
     """
     found: dict[int, dict[str, int]] = {batch: {} for batch in batches}
     for model in (m for m in contest.models if m != contest.control):
-        files = {model: job.files[model]} if job.files else {}
-        modules = {model: job.modules[model]} if job.modules else {}
-        alone = replace(job, files=files, modules=modules)
-        with Worker(alone) as worker:
-            answer = worker.ask(memory={"model": model, "batches": list(batches)})
+        answer = _asked(job, [model], memory={"model": model, "batches": list(batches)})
         for batch, size in answer["memory"].items():
             found[int(batch)][model] = size
     return found
@@ -165,22 +161,22 @@ def take(
     memory = peak_memory(job, contest, batches) if settings.memory else {}
     raw: dict[int, Raw] = {batch: {} for batch in batches}
     done, lasted = 0, 0.0
-    with _asking(job) as ask:
-        plans = _plans(ask, contest, batches, settings)
-        try:
-            while plans and (not done or time.monotonic() + lasted < ends):
-                started = time.monotonic()
-                place = {"seed": chance.getrandbits(32), "cpus": cpus(job.threads, chance)}
-                times, done = ask(round={**place, "batches": plans})["times"], done + 1
-                for batch in plans:
-                    for model, runs in times[str(batch)].items():
-                        raw[batch].setdefault(model, []).append(runs)
-                plans = {batch: plan for batch, plan in plans.items() if not _finished(raw[batch], contest, settings)}
-                lasted = time.monotonic() - started
-                if progress is not None:
-                    progress(runner(job.runner).TITLE, done, ends - time.monotonic())
-        except KeyboardInterrupt as stop:
-            raise StoppedError(_cases(job, contest, raw, settings, memory)) from stop
+    plans = _plans(job, contest, batches, settings)
+    try:
+        while plans and (not done or time.monotonic() + lasted < ends):
+            started = time.monotonic()
+            place = {"seed": chance.getrandbits(32), "cpus": cpus(job.threads, chance)}
+            loaded = chance.sample(contest.models, len(contest.models))
+            times, done = _asked(job, loaded, round={**place, "batches": plans})["times"], done + 1
+            for batch in plans:
+                for model, runs in times[str(batch)].items():
+                    raw[batch].setdefault(model, []).append(runs)
+            plans = {batch: plan for batch, plan in plans.items() if not _finished(raw[batch], contest, settings)}
+            lasted = time.monotonic() - started
+            if progress is not None:
+                progress(runner(job.runner).TITLE, done, ends - time.monotonic())
+    except KeyboardInterrupt as stop:
+        raise StoppedError(_cases(job, contest, raw, settings, memory)) from stop
     return _cases(job, contest, raw, settings, memory)
 
 
@@ -199,27 +195,18 @@ def _cases(
     ]
 
 
-@contextmanager
-def _asking(job: Job) -> Iterator[Callable[..., dict[str, Any]]]:
-    """Ask a new process every time, or one and the same, as the runner needs it."""
-    if not runner(job.runner).FRESH:
-        with Worker(job) as worker:
-            yield worker.ask
-        return
-
-    def ask(**request: Any) -> dict[str, Any]:
-        with Worker(job) as worker:
-            return worker.ask(**request)
-
-    yield ask
+def _asked(job: Job, models: Sequence[str], **request: Any) -> dict[str, Any]:
+    """The answer of a new process that loads these models, in this order."""
+    files = {model: job.files[model] for model in models if job.files}
+    modules = {model: job.modules[model] for model in models if job.modules}
+    with Worker(replace(job, files=files, modules=modules)) as worker:
+        return worker.ask(**request)
 
 
-def _plans(
-    ask: Callable[..., dict[str, Any]], contest: Contest, batches: Sequence[int], settings: Settings
-) -> dict[int, int]:
+def _plans(job: Job, contest: Contest, batches: Sequence[int], settings: Settings) -> dict[int, int]:
     """Cycles of a round at every batch size, from one cycle of each, which counts for nothing else."""
     place = {"seed": settings.seed, "cpus": cpus(settings.threads, random.Random(settings.seed))}
-    times = ask(round={**place, "batches": dict.fromkeys(batches, 1)})["times"]
+    times = _asked(job, contest.models, round={**place, "batches": dict.fromkeys(batches, 1)})["times"]
     plans = {}
     for batch in batches:
         one = times[str(batch)][contest.base][0]

@@ -1,7 +1,7 @@
 """Is one model as fast as another? A test of equivalence over rounds, which may be asked again and again.
 
 A round gives one number: the median, over its cycles, of the ratio of two runs that stood next to each other in time.
-Rounds are independent: each has fresh processes or fresh copies, in a new random order. So the statistics are over
+Rounds are independent: each is a fresh process that loads the models in a new random order. So the statistics are over
 rounds; runs of one round share their memory and their hour, and tell nothing about another.
 
     estimate    Hodges and Lehmann's: the median of all averages of two rounds (1963)

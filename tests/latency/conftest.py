@@ -44,10 +44,12 @@ class Synthetic:
     factors: dict[str, float]
     spread: float
     asked: list[dict[str, Any]]
+    orders: list[list[str]]  # of the models, by process
     chance: np.random.Generator
 
     def __init__(self, job: Any) -> None:
         self.models = list(job.files or job.modules)
+        self.orders.append(self.models)
 
     def __enter__(self) -> Synthetic:
         return self
@@ -75,7 +77,7 @@ def synthetic(monkeypatch: pytest.MonkeyPatch) -> Callable[..., type[Synthetic]]
 
     def install(spread: float = 0.005, seed: int = 0, **factors: float) -> type[Synthetic]:
         names = {name.replace("_", " "): factor for name, factor in factors.items()}
-        held = {"factors": names, "spread": spread, "asked": [], "chance": np.random.default_rng(seed)}
+        held = {"factors": names, "spread": spread, "asked": [], "orders": [], "chance": np.random.default_rng(seed)}
         answering = type("Answering", (Synthetic,), held)
         monkeypatch.setattr(rounds, "Worker", answering)
         return answering

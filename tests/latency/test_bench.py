@@ -191,11 +191,12 @@ def test_what_folding_added_is_named(tmp_path: Path, synthetic: Any) -> None:
 Install = Callable[..., Any]
 
 
-def run(*batches: int, **settings: Any) -> rx.Measurement:
+def run(*batches: int, name: str = "onnxruntime_cpu", **settings: Any) -> rx.Measurement:
     """The whole measurement but for the line-up's files, which no synthetic process opens."""
     contest = Contest("base", "base again", "fused", ("adapted",))
-    models = Models(contest, Path("inputs.npz"), {model: Path(f"{model}.onnx") for model in contest.models})
-    return measurement(models, batches or (1,), ["onnxruntime_cpu"], Settings(**{"max_time": 60.0, **settings}), None)
+    files, modules = ({m: Path(f"{m}.onnx") for m in contest.models}, {m: ("out", m) for m in contest.models})
+    models = Models(contest, Path("inputs.npz"), files, modules)
+    return measurement(models, batches or (1,), [name], Settings(**{"max_time": 60.0, **settings}), None)
 
 
 def test_equal_models_cost_nothing_and_the_run_ends_with_the_verdict(synthetic: Install) -> None:
@@ -210,6 +211,15 @@ def test_equal_models_cost_nothing_and_the_run_ends_with_the_verdict(synthetic: 
         sum("round" in request for request in answering.asked) == rounds + 1
     )  # the first says how many cycles make a round
     assert found.cases[0].times[0].memory == 1_000_000
+
+
+@pytest.mark.parametrize("name", ["onnxruntime_cpu", "torch_eager", "torch_compile"])
+def test_every_round_is_a_new_process_that_loads_the_models_in_another_order(synthetic: Install, name: str) -> None:
+    answering = synthetic()
+    run(name=name, memory=False)
+    assert len(answering.orders) == len(answering.asked) > 10
+    assert len({tuple(order) for order in answering.orders}) > 5
+    assert {frozenset(order) for order in answering.orders} == {frozenset(answering.orders[0])}
 
 
 def test_five_percent_more_is_added_cost(synthetic: Install) -> None:

@@ -2,10 +2,9 @@
 
 TITLE            for readers
 TAKES            "onnx" files, "torch" modules or an "engine"
-FRESH            a new process for every round (where it starts in a blink), else new copies of the models in one process
 missing()        why it cannot run here, "" when it can
 load(job)        in the timing process, once: returns place
-place(model)     once a round and model, in new memory: returns prepare
+place(model)     once a model, in memory of its own: returns prepare
 prepare(inputs)  once a batch size: returns run
 run()            runs the model once and returns nanoseconds
 """
@@ -45,7 +44,6 @@ class Runner(Protocol):
 
     TITLE: str
     TAKES: str
-    FRESH: bool
 
     def missing(self) -> str: ...
 

@@ -1,4 +1,4 @@
-"""onnxruntime's CPU provider: a new session of the file in every round."""
+"""onnxruntime's CPU provider: a session of each file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from reparam_export.latency.runners import Inputs, Job, Place, Prepare, Run
 
 TITLE = "onnxruntime, CPU"
 TAKES = "onnx"
-FRESH = True
 
 
 def missing() -> str:

@@ -12,7 +12,6 @@ from reparam_export.latency.runners._cuda import no_gpu, timed
 
 TITLE = "onnxruntime, CUDA"
 TAKES = "onnx"
-FRESH = True
 
 
 def missing() -> str:

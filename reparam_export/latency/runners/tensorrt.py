@@ -14,7 +14,6 @@ from reparam_export.latency.runners._cuda import no_gpu, timed
 
 TITLE = "TensorRT"
 TAKES = "engine"
-FRESH = True
 
 
 def missing() -> str:

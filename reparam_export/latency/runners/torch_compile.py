@@ -11,7 +11,6 @@ from reparam_export.latency.runners._cuda import no_gpu
 
 TITLE = "torch, compiled"
 TAKES = "torch"
-FRESH = False
 
 
 def missing() -> str:

@@ -1,7 +1,7 @@
 """The torch module itself, in eager mode; on the GPU where there is one (replayed as a CUDA graph, timed by events).
 
-The modules are made once; every round they get new copies of all their tensors, so that memory lies anew. The part for a
-GPU is written against torch's documented API and has not been executed.
+Every model has its own copies of all its tensors. The part for a GPU is written against torch's documented API and has not
+been executed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 Call = Callable[..., tuple["Tensor", ...]]
 TITLE = "torch, eager"
 TAKES = "torch"
-FRESH = False
 
 
 def missing() -> str:
@@ -36,7 +35,6 @@ def load(job: Job, compiled: Callable[[str, Call], Call] = lambda model, call: c
     torch.set_num_threads(job.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     held = _modules(job, device)
-    made: dict[tuple[str, object], Call] = {}
 
     def place(model: str) -> Prepare:
         module, signature = held[model]
@@ -46,10 +44,8 @@ def load(job: Job, compiled: Callable[[str, Call], Call] = lambda model, call: c
         def prepare(inputs: Inputs) -> Run:
             arrays = (torch.from_numpy(inputs[i.name]).to(device) for i in signature.inputs)
             tensors = [t.to(getattr(torch, job.dtype)) if t.is_floating_point() else t for t in arrays]
-            key = (model, tuple(t.shape for t in tensors))
-            if key not in made:
-                made[key] = compiled(f"{model}_{len(made)}", lambda *given: outputs_of_call(module, signature, given))
-            return _replayed(made[key], tensors) if device == "cuda" else _timed(made[key], tensors)
+            call = compiled(f"{model}_{len(tensors[0])}", lambda *given: outputs_of_call(module, signature, given))
+            return _replayed(call, tensors) if device == "cuda" else _timed(call, tensors)
 
         return prepare
 
