@@ -7,6 +7,7 @@ the quantities are the standard ones, of Hu et al., "LoRA", 2021, section 7, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +16,8 @@ from reparam_export.adapters import Step
 from reparam_export.affine import Affine
 from reparam_export.assembly import opened, stacks
 from reparam_export.checkpoints import Adapter, Checkpoint, by_site, components
-from reparam_export.fusion import Advance, touched_module
+from reparam_export.fit import touched_module
+from reparam_export.fusion import Advance
 from reparam_export.layouts import site_of
 
 if TYPE_CHECKING:
@@ -152,7 +154,7 @@ def compare(change: Tensor, total: Tensor, weight: Tensor, own: Directions) -> d
         "norm": norm,
         "relative_norm": norm / float(weight.norm()) if bool(weight.any()) else float("inf"),
         "rank": theirs.rank,
-        "effective_rank": float(torch.tensor(entropy).exp()) if theirs.rank else 0.0,
+        "effective_rank": math.exp(entropy) if theirs.rank else 0.0,
         "directions": r,
         "similarity_out": float((own.left[:, :r].T @ left).square().sum()) / r if r else 0.0,
         "similarity_in": float((own.right[:, :r].T @ right).square().sum()) / r if r else 0.0,

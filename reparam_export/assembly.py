@@ -14,6 +14,7 @@ from reparam_export.adapters import Step, inserted, kind, unfused
 from reparam_export.affine import Affine, to_dtype
 from reparam_export.checkpoints import Adapter, Checkpoint, by_site, check_disjoint, components
 from reparam_export.errors import FusionError, ReparamError, TensorMismatchError
+from reparam_export.fit import check_trained_on
 from reparam_export.layouts import affine_of, layout_of, outputs_of, readers_of_weights, rows_of, site_of
 from reparam_export.models import Base, Signature, parse_input
 
@@ -47,6 +48,7 @@ def base_of(checkpoint: Checkpoint) -> Base:
 def opened(checkpoint: Checkpoint) -> tuple[nn.Module, Signature, Checkpoint]:
     """The base with the checkpoint's whole tensors in place, its signature, and the checkpoint with its adapters on this very base."""
     module, signature = base_of(checkpoint).build()
+    check_trained_on(checkpoint, dict(module.named_parameters(remove_duplicate=False)).get)
     module = with_replaced(module, checkpoint)
     return module, signature, bound(checkpoint, module)
 

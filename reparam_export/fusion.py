@@ -5,18 +5,18 @@ Nothing is mutated, and the same input gives the same bytes.
 
 from __future__ import annotations
 
-import difflib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.adapters import fused, inserted, kind
-from reparam_export.affine import Affine, tensors_of
+from reparam_export.adapters import fused, inserted
+from reparam_export.affine import Affine
 from reparam_export.assembly import base_of, opened, stacks, tied_names
 from reparam_export.checkpoints import Adapter, Checkpoint, by_site
-from reparam_export.errors import CheckpointError, FusionError, SharedWeightError, TensorMismatchError
+from reparam_export.errors import FusionError, SharedWeightError
+from reparam_export.fit import check_covered, check_shapes, touched_module
 from reparam_export.layouts import site_of, touched
 from reparam_export.rounding import round_once
 from reparam_export.state import digest
@@ -191,49 +191,6 @@ def check_kept(checkpoint: Checkpoint, overall: float) -> None:
         )
 
 
-def check_covered(names: list[str], checkpoint: Checkpoint) -> None:
-    """Every module that the training code adapts has its adapter, and a list of paths met the layers in their order.
-
-    names: of the base's modules with a weight, in the model's order. Raises TensorMismatchError, CheckpointError.
-    """
-    adapted = {a.module for a in checkpoint.adapters}
-    wanted = checkpoint.covers(names)
-    if checkpoint.only:
-        _check_only(checkpoint, set(checkpoint.covers([*names, *adapted])))
-    missing = [name for name in wanted if name not in adapted]
-    if missing:
-        raise TensorMismatchError(
-            f"{checkpoint.path}: {len(missing)} module(s) that a {checkpoint.format} checkpoint adapts have no adapter in it, "
-            f"first {missing[0]}; the file is incomplete, or belongs to another base",
-            module=missing[0],
-            tensor="weight",
-            expected="an adapter",
-            found=None,
-        )
-    order = {name: number for number, name in enumerate(names)}
-    places = [order[a.module] for a in checkpoint.adapters if a.module in order]
-    if checkpoint.positional and places != sorted(places):
-        raise CheckpointError(
-            f"{checkpoint.path}: its layers do not stand in the model's order, so a list of paths cannot be matched to them "
-            "(a file that was saved again may be sorted by name); give the paths by layer name"
-        )
-
-
-def _check_only(checkpoint: Checkpoint, wanted: set[str]) -> None:
-    """Raises TensorMismatchError for an adapter on a module that its configuration leaves out: whoever loads it, leaves it out."""
-    for adapter in checkpoint.adapters:
-        own = adapter.module in wanted or adapter.module.rpartition(".")[0] in wanted  # a part of an attention module
-        if not own and adapter.parameter is None and adapter.kind != "tokens":
-            raise TensorMismatchError(
-                f"{checkpoint.path}: {adapter.module} has an adapter in the file, and the configuration does not adapt it (target_modules, "
-                "exclude_modules, layers_to_transform, modules_to_save); file and configuration do not belong together",
-                module=adapter.module,
-                tensor="weight",
-                expected=None,
-                found="an adapter",
-            )
-
-
 def fold_site(
     module: nn.Module, adapters: list[Adapter], made: Mapping[str, Tensor], dtype: str | None
 ) -> tuple[dict[str, Tensor], bool, Kept]:
@@ -250,7 +207,8 @@ def fold_site(
     base = site.affine(own, torch.float64)
     whole = fold_affine(base, adapters)
     same_bias = torch.equal(*(b if b is not None else torch.zeros(0) for b in (base.bias, whole.bias)))
-    moved = not (same_bias and torch.equal(base.weight, whole.weight))
+    new_bias = not same_bias and (base.bias is not None or bool(whole.bias.any()))  # one of zeros changes nothing
+    moved = new_bias or not torch.equal(base.weight, whole.weight)
     old = own[site.tensor]
     choice = None if dtype == "auto" and site.expert is not None else dtype  # one tensor holds all experts
     storage, kept = _storage(base.weight, whole.weight, old.dtype, choice)
@@ -291,37 +249,6 @@ def fold_affine(base: Affine, adapters: list[Adapter]) -> Affine:
     for rows, steps in stacks(adapters, base.weight.dtype):
         whole = inserted(whole, fused(base.rows(*rows) if rows else base, steps), rows)
     return whole
-
-
-def touched_module(module: nn.Module, name: str) -> nn.Module:
-    """The base's module of that name. Raises TensorMismatchError that names the nearest ones."""
-    modules: dict[str, nn.Module] = dict(module.named_modules())
-    if name in modules:
-        return modules[name]
-    near = difflib.get_close_matches(name, modules, n=3, cutoff=0.5)
-    raise TensorMismatchError(
-        f"the checkpoint adapts {name}, which the base does not have (nearest: {', '.join(near) or 'none'}); "
-        "is this the base that it was trained on?",
-        module=name,
-        tensor="weight",
-        expected=name,
-        found=near,
-    )
-
-
-def check_shapes(name: str, base: Affine, adapter: Adapter) -> None:
-    """Every tensor of the adapter against the base's size. Raises TensorMismatchError with the first that does not fit."""
-    expected = kind(adapter.kind).shapes(base.out_features, base.in_features, adapter.params)
-    for tensor, value in tensors_of(adapter.params).items():
-        if tuple(value.shape) != expected.get(tensor):
-            raise TensorMismatchError(
-                f"{name}: the {adapter.kind} tensor {tensor} is {tuple(value.shape)}, expected {expected.get(tensor)} on a base "
-                f"weight of {base.out_features} x {base.in_features}; is this the base that it was trained on?",
-                module=name,
-                tensor=tensor,
-                expected=expected.get(tensor),
-                found=tuple(value.shape),
-            )
 
 
 def own_state(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -63,14 +63,16 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over name, dtype, shape and blake3 of the bytes of every tensor, in the order of the names."""
+    return digest_of((name, str(t.dtype), tuple(t.shape), content_digest(t)) for name, t in tensors.items())
+
+
+def content_digest(tensor: Tensor) -> bytes:
+    """blake3 of the bytes of a tensor on the CPU."""
     import torch
     from blake3 import blake3
 
-    def of(tensor: Tensor) -> bytes:
-        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return blake3(max_threads=blake3.AUTO).update(raw.data).digest()
-
-    return digest_of((name, str(t.dtype), tuple(t.shape), of(t)) for name, t in tensors.items())
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return blake3(max_threads=blake3.AUTO).update(raw.data).digest()
 
 
 def digest_of(tensors: Iterable[tuple[str, str, tuple[int, ...], bytes]]) -> str:

@@ -131,7 +131,9 @@ def _head_name(name: str, base: Base) -> str:
 def _signature(model: Any, keywords: Mapping[str, Any], base: Base) -> Signature:
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, *size = config.get("input_size") or (3, 224, 224)
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+    asked = keywords.get("img_size") or size
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or asked
+    size = (size, size) if isinstance(size, int) else size
     inputs = base.inputs or (Input("image", ("batch", int(keywords.get("in_chans", channels)), *map(int, size))),)
     signature = with_observed_outputs(model, Signature(inputs, ()), base.spec)
     if signature.outputs == ("output",):

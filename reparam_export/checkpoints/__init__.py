@@ -169,6 +169,7 @@ class Parts:
     base: str | None = None  # base spec, where the checkpoint names its base
     ignored: frozenset[str] = frozenset()  # adapter tensors inside the base's own weight file
     base_state: Mapping[str, Tensor] = field(default_factory=dict)  # the whole base, where the checkpoint carries it
+    base_digests: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # of the base's parameters; see ``fit``
     notes: tuple[str, ...] = ()
     covers: Covers | None = None  # which of a base's modules must be adapted; None: all alike those that are
     only: bool = False  # may no others be adapted?
@@ -190,6 +191,7 @@ class Checkpoint:
     base_weights: Path | None
     inputs: tuple[str, ...]
     base_state: Mapping[str, Tensor]
+    base_digests: Mapping[str, tuple[str, str]]
     ignored: frozenset[str]
     settings: Mapping[str, Any]
     files: tuple[Path, ...]
@@ -277,6 +279,7 @@ def read(
         base_weights=None if base_weights is None else Path(base_weights),
         inputs=tuple(inputs),
         base_state=parts.base_state,
+        base_digests=parts.base_digests,
         ignored=parts.ignored,
         settings=given.used,
         files=given.files,

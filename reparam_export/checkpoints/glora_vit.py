@@ -45,8 +45,10 @@ def supports(source: Source, claim: Claim, *, mark: str, prefix: str) -> tuple[A
 
 
 def path_of(source: Source, layer: str, choice: Choice | None, rank: int) -> glora.Path:
-    """The choice of one layer, "none" throughout while inspecting. Raises CheckpointError."""
-    path = glora.Path(**(choice or dict.fromkeys("ABCDE", "none")))
+    """The choice of one layer, "unchosen" while inspecting a supernet. Raises CheckpointError."""
+    if choice is None:
+        return glora.UNCHOSEN
+    path = glora.Path(**choice)
     problems = path.problems(rank)
     if problems:
         raise CheckpointError(f"{source.path}: layer {layer}: {problems[0]}")

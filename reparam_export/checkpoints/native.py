@@ -3,6 +3,7 @@
     {"format": "reparam-export/1",
      "base": "timm:..." or "hf:..." or None         a relative folder is beside the file, or in the working folder
      "base_state": {name: tensor} or None           the base's state, when it is not to be had elsewhere
+     "base_digests": {name: (dtype, blake3)}        of the base's parameters, where its state is not in the file; may be missing
      "adapters": [{"module": "blocks.0.attn.proj", "kind": "hydra", "rows": None or [start, stop],
                    "params": {"parallel": {"down": {"weight": tensor, "bias": tensor or None}, "up": {...}}, ...}}],
      "replaced": {name: tensor},
@@ -35,7 +36,7 @@ def accepts(source: Source) -> bool:
 
 def read(source: Source) -> Parts:
     content, path = source.content, source.path
-    unknown = set(content) - {"format", "base", "base_state", "adapters", "replaced", "notes"}
+    unknown = set(content) - {"format", "base", "base_state", "base_digests", "adapters", "replaced", "notes"}
     if unknown:
         raise CheckpointError(
             f"{path}: unknown entry {sorted(unknown)[0]!r} in a {NATIVE} file; it was written by a newer version"
@@ -51,6 +52,7 @@ def read(source: Source) -> Parts:
         replaced=_tensors(path, content.get("replaced") or {}),
         base=None if base is None else _found(source, base),
         base_state=_tensors(path, content.get("base_state") or {}),
+        base_digests=_digests(content.get("base_digests") or {}),
         notes=tuple(map(str, content.get("notes") or ())),
         covers=lambda names: [],  # attach() adapts what it is told to
     )
@@ -120,6 +122,19 @@ def _from_plain(target: Any, value: Any) -> Any:
         found = sorted(value) if isinstance(value, Mapping) else value
         raise CheckpointError(f"expected the fields {sorted(names)}, found {found}")
     return options[0](**{name: _from_plain(hints[name], value[name]) for name in names})  # type: ignore[operator]
+
+
+def _digests(value: Any) -> dict[str, tuple[str, str]]:
+    import torch
+
+    found = {name: (dtype, content) for name, (dtype, content) in value.items()}
+    for name, (dtype, content) in found.items():
+        known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
+        if not (known and isinstance(name, str) and isinstance(content, str)):
+            raise ValueError(
+                f"'base_digests' must map names to a dtype and a digest, found {name!r}: {(dtype, content)!r}"
+            )
+    return found
 
 
 def _tensors(path: Path, value: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The run: rounds in fresh processes until every verdict is there, or the time is up.
 
-Every batch size of a runner is decided for itself, and costs nothing more once it is.
+Every model at every batch size is decided for itself, and costs nothing more once it is; the base is timed until all are.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from reparam_export.latency.measurement import Case, Contest, case_of
 from reparam_export.latency.runners import Job, runner
 from reparam_export.latency.statistics import decided, is_look, log_ratios
 
-CYCLES = (3, 25)  # of a round, at least and at most
+CYCLES = (4, 25)  # of a round, at least and at most; fewer would be outweighed by the warm-ups
 ROUND_NS = 1_000_000_000  # what all cycles of one model should take together in a round
-LONG_NS = 2_000_000_000  # a run that is longer is its own average: two cycles are enough
 Progress = Callable[[str, int, float], None]  # (runner, rounds, seconds until the time is up)
 Raw = dict[str, list[list[int]]]  # nanoseconds by model, round and cycle
 
@@ -161,17 +160,20 @@ def take(
     memory = peak_memory(job, contest, batches) if settings.memory else {}
     raw: dict[int, Raw] = {batch: {} for batch in batches}
     done, lasted = 0, 0.0
-    plans = _plans(job, contest, batches, settings)
+    cycles = _cycles(job, contest, batches, settings)
+    still = {batch: _open(contest, {}, settings) for batch in batches}
     try:
-        while plans and (not done or time.monotonic() + lasted < ends):
+        while any(still.values()) and (not done or time.monotonic() + lasted < ends):
             started = time.monotonic()
+            needed = [m for m in contest.models if any(m in models for models in still.values())]
+            loaded = chance.sample(needed, len(needed))
             place = {"seed": chance.getrandbits(32), "cpus": cpus(job.threads, chance)}
-            loaded = chance.sample(contest.models, len(contest.models))
+            plans = {batch: (cycles[batch], models) for batch, models in still.items() if models}
             times, done = _asked(job, loaded, round={**place, "batches": plans})["times"], done + 1
             for batch in plans:
                 for model, runs in times[str(batch)].items():
                     raw[batch].setdefault(model, []).append(runs)
-            plans = {batch: plan for batch, plan in plans.items() if not _finished(raw[batch], contest, settings)}
+                still[batch] = _open(contest, raw[batch], settings)
             lasted = time.monotonic() - started
             if progress is not None:
                 progress(runner(job.runner).TITLE, done, ends - time.monotonic())
@@ -203,27 +205,25 @@ def _asked(job: Job, models: Sequence[str], **request: Any) -> dict[str, Any]:
         return worker.ask(**request)
 
 
-def _plans(job: Job, contest: Contest, batches: Sequence[int], settings: Settings) -> dict[int, int]:
+def _cycles(job: Job, contest: Contest, batches: Sequence[int], settings: Settings) -> dict[int, int]:
     """Cycles of a round at every batch size, from one cycle of each, which counts for nothing else."""
     place = {"seed": settings.seed, "cpus": cpus(settings.threads, random.Random(settings.seed))}
-    times = _asked(job, contest.models, round={**place, "batches": dict.fromkeys(batches, 1)})["times"]
-    plans = {}
-    for batch in batches:
-        one = times[str(batch)][contest.base][0]
-        fitting = min(max(round(ROUND_NS / one), CYCLES[0] if one < LONG_NS else 2), CYCLES[1])
-        plans[batch] = settings.cycles or fitting
-    return plans
+    once = dict.fromkeys(batches, (1, (contest.base,)))
+    times = _asked(job, [contest.base], round={**place, "batches": once})["times"]
+    fitting = {batch: round(ROUND_NS / times[str(batch)][contest.base][0]) for batch in batches}
+    return {batch: settings.cycles or min(max(n, CYCLES[0]), CYCLES[1]) for batch, n in fitting.items()}
 
 
-def _finished(raw: Raw, contest: Contest, settings: Settings) -> bool:
-    """Is the last round reached, or are subject and control decided?"""
-    base = raw[contest.base]
+def _open(contest: Contest, raw: Raw, settings: Settings) -> tuple[str, ...]:
+    """The models of the next round: the base and who is not decided yet; none after the last round, or once subject and control are."""
+    base = raw.get(contest.base, [])
     if settings.rounds is not None and len(base) >= settings.rounds:
-        return True
-    if not is_look(len(base)):
-        return False
-    looks = [decided(log_ratios(raw[m], base), settings.margin) for m in (contest.subject, contest.control)]
-    return all(look.position != "open" for look in looks)
+        return ()
+    undecided = [m for m in contest.models if m != contest.base and len(raw.get(m, [])) == len(base)]
+    if is_look(len(base)):
+        looks = {m: decided(log_ratios(raw[m], base), settings.margin) for m in undecided}
+        undecided = [m for m, look in looks.items() if look.position == "open"]
+    return (contest.base, *undecided) if {contest.subject, contest.control} & set(undecided) else ()
 
 
 def cpus(threads: int, chance: random.Random) -> list[int]:

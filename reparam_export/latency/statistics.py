@@ -69,10 +69,13 @@ class Ratio:
 
 
 def log_ratios(over: Sequence[Sequence[int]], under: Sequence[Sequence[int]]) -> Array:
-    """One log ratio a round, from run times (rounds, cycles) in any unit; run j of both stood in the same cycle."""
+    """One log ratio a round, from run times (rounds, cycles) in any unit; run j of both stood in the same cycle.
+
+    ``under`` may go on for more rounds, in which ``over`` was not timed any more.
+    """
     import numpy as np
 
-    return np.array([np.median(np.log(np.divide(a, b))) for a, b in zip(over, under, strict=True)])
+    return np.array([np.median(np.log(np.divide(a, b))) for a, b in zip(over, under[: len(over)], strict=True)])
 
 
 def looks() -> Iterator[tuple[int, float]]:

@@ -1,7 +1,7 @@
 """The process that takes time: ``python -m reparam_export.latency.worker``, one JSON request a line in, one answer a line out.
 
     {"job": {...}}                                                              first
-    {"round": {"seed": 1, "cpus": [0], "batches": {"1": cycles}}}              -> {"times": {"1": {"base": [ns, ...], ...}}}
+    {"round": {"seed": 1, "cpus": [0], "batches": {"1": [cycles, ["base", ...]]}}} -> {"times": {"1": {"base": [ns, ...], ...}}}
     {"memory": {"model": "base", "batches": [1, 4]}}                            -> {"memory": {"1": bytes, ...}}
 
 Anything that goes wrong is answered with {"error": text}. It imports what its runner needs and no more.
@@ -71,9 +71,15 @@ def _serve(requests: IO[str], out: IO[str]) -> None:
 
 
 def take_times(
-    place: Place, models: list[str], rows: Inputs, *, seed: int, cpus: list[int], batches: Mapping[str, int]
+    place: Place,
+    models: list[str],
+    rows: Inputs,
+    *,
+    seed: int,
+    cpus: list[int],
+    batches: Mapping[str, tuple[int, list[str]]],
 ) -> dict[str, dict[str, list[int]]]:
-    """One round: every model placed in a random order; at each batch warm-ups, then cycles of all models in a random order."""
+    """One round: every model placed in a random order; at each batch warm-ups, then cycles of its models in a random order."""
     _pin(cpus)
     chance = random.Random(seed)
     chance.shuffle(models)
@@ -81,16 +87,16 @@ def take_times(
     times: dict[str, dict[str, list[int]]] = {}
     gc.collect()
     gc.disable()
-    for batch, cycles in batches.items():
-        inputs = repeated(rows, int(batch))
-        runs = {model: prepare(inputs) for model, prepare in placed.items()}
+    for batch, (cycles, chosen) in batches.items():
+        inputs, order = repeated(rows, int(batch)), list(chosen)
+        runs = {model: placed[model](inputs) for model in models if model in chosen}
         for run in runs.values():
             for _ in range(WARMUPS):
                 run()
-        found: dict[str, list[int]] = {model: [] for model in models}
+        found: dict[str, list[int]] = {model: [] for model in order}
         for _ in range(cycles):
-            chance.shuffle(models)
-            for model in models:
+            chance.shuffle(order)
+            for model in order:
                 found[model].append(runs[model]())
         times[batch] = found
     gc.enable()

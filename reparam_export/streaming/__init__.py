@@ -17,6 +17,7 @@ from typing import Any
 
 from reparam_export.errors import ExportError, FusionError
 from reparam_export.files import fingerprint, sha256
+from reparam_export.fit import check_trained_on
 from reparam_export.fusion import check_kept
 from reparam_export.hf_folder import carried
 from reparam_export.state import digest_of
@@ -57,8 +58,9 @@ def stream(
         _remove_if_empty(out)
         raise
     try:
+        check_trained_on(plan.checkpoint, plan.parameter)
         Work(plan, staging, advance).run()
-        if all(layer.change == 0 for layer in layers_of(staging)) and not plan.created and not _biases_changed(staging):
+        if all(layer.change == 0 for layer in layers_of(staging)) and not _biases_changed(staging):
             raise FusionError(
                 f"{plan.checkpoint.path}: the adapter changes nothing: every fused weight equals the base's. "
                 "It was never trained, or the code that trained it never switched it on"
@@ -116,7 +118,7 @@ def record_of(plan: Plan, staging: Staging, dtype: str | None, seconds: float) -
         n
         for module in plan.touched
         for n in (f"{module}.weight", f"{module}.bias")
-        if n in own and (n.endswith(".weight") or n in biases)
+        if n in own and (n.endswith(".weight") or n in biases or n in plan.created)
     ]
     storage: dict[str, int] = {}
     for place in own.values():

@@ -18,7 +18,7 @@ from reparam_export.adapters import kind, low_rank
 from reparam_export.affine import Affine, Factors, LowRank, map_tensors, tensors_of
 from reparam_export.checkpoints import Adapter
 from reparam_export.errors import FusionError
-from reparam_export.fusion import check_shapes
+from reparam_export.fit import check_shapes
 from reparam_export.streaming.formats import Array, Format, wide
 from reparam_export.streaming.matrix import Mapped, Nothing, Watch
 from reparam_export.streaming.shards import Stored, of_tensor

@@ -95,7 +95,7 @@ def _weight(
 
 
 def _bias(touched: Touched, bias: Array | None, targets: Mapping[str, Format], write: Write) -> bool:
-    """Write the fused bias; whether it is another than the base's."""
+    """Write the fused bias; whether it is another than the base's, or than zeros where there was none."""
     name = f"{touched.module}.bias"
     if bias is None:
         if name in targets:  # a switch of the config gives it one all the same
@@ -107,7 +107,7 @@ def _bias(touched: Touched, bias: Array | None, targets: Mapping[str, Format], w
         if not finite(raw, targets[name]):
             raise refuse_overflow(name, targets[name])
         write(name, 0, raw)
-    return before is None or not np.array_equal(before, bias)
+    return bool(np.any(bias != (0 if before is None else before)))
 
 
 def evidence_of(touched: Touched, targets: Mapping[str, Format], tally: Tally, form: Form) -> LayerEvidence:

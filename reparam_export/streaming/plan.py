@@ -9,18 +9,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reparam_export.assembly import base_of
 from reparam_export.checkpoints import Checkpoint
 from reparam_export.errors import CheckpointError, ExportError, FusionError, TensorMismatchError
 from reparam_export.files import fingerprint
-from reparam_export.fusion import check_covered
+from reparam_export.fit import check_covered
 from reparam_export.hf_folder import Structure, bias_switches, structure_of
 from reparam_export.streaming.formats import BY_SHORT, FORMATS, Format
 from reparam_export.streaming.forms import Touched, creates_bias, modules_of
 from reparam_export.streaming.shards import Place, Stored, layout, of_tensor
 from reparam_export.streaming.source import UNTIED, NotStreamableError, check_names, files_of, source_of, untied
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,14 @@ class Plan:
     def entries(self) -> int:
         """Entries of the weights that are folded."""
         return sum(math.prod(t.weight.shape) for t in self.touched.values())
+
+    def parameter(self, name: str) -> Tensor | None:
+        """A float tensor of the base, mapped; None for what its files do not hold under this name."""
+        module, _, part = name.rpartition(".")
+        of = self.touched.get(module)
+        folded = {"weight": of.weight, "bias": of.bias}.get(part) if of is not None else None
+        stored = folded or self.tensors.get(name)
+        return stored.tensor() if stored is not None and stored.is_float else None
 
     def digest(self) -> str:
         """Of everything that decides the bytes but the numbers of the base: what an interrupted run must have in common with this one."""

@@ -12,13 +12,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from reparam_export.errors import CheckpointError
 from reparam_export.files import load_pickle
 from reparam_export.streaming.formats import FORMATS, SIZES, Array
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAGE = 4096
 
@@ -39,6 +42,17 @@ class Stored:
     def values(self) -> Array:
         """The raw values in their shape; floats of 16 bits as uint16."""
         return self.raw.view(FORMATS[self.code].raw).reshape(self.shape)
+
+    def tensor(self) -> Tensor:
+        """The float values as a torch tensor on these very bytes, to be read only."""
+        import warnings
+
+        import torch
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it must not be written to
+            raw = torch.from_numpy(self.raw)
+        return raw.view(getattr(torch, FORMATS[self.code].torch)).reshape(self.shape)
 
 
 def open_shard(path: Path) -> dict[str, Stored]:

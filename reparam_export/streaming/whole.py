@@ -46,8 +46,9 @@ def fold_whole(touched: Touched, targets: Mapping[str, Format], write: Write, se
     ):
         if name in targets:
             _write(name, tensor, targets[name], touched.shape[0], write)
-    same = base.bias is not None and fused.bias is not None and torch.equal(base.bias, fused.bias)
-    return Folded(evidence, fused.bias is not None and not same)
+    bias = fused.bias
+    same = bias is None or torch.equal(bias, torch.zeros_like(bias) if base.bias is None else base.bias)
+    return Folded(evidence, not same)
 
 
 def base64(touched: Touched) -> Affine:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from reparam_export import adapters, plugins
 from reparam_export.affine import Affine, Bottleneck, map_tensors, tensors_of
 from reparam_export.errors import UsageError
 from reparam_export.layouts import layout_of, matrix, stored
+from reparam_export.training.frozen import remember
 from reparam_export.training.targets import Targets, targeted, trained_modules
 
 
@@ -74,6 +75,10 @@ class Attached(nn.Module):
             place = kind.DROPOUT  # type: ignore[attr-defined]
             params = replace(params, **{n: Dropped(p.down, p.up, place, self.dropout) for n, p in pairs.items()})
         y: Tensor = kind.apply(x, self.frozen(), params)
+        if y.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+            y = y.to(
+                torch.get_autocast_dtype(x.device.type)
+            )  # as the layer itself: what is added to its products is not cast
         return y
 
     @torch.no_grad()
@@ -129,8 +134,12 @@ def attach(
     return model
 
 
-def put(model: nn.Module, attached: Mapping[str, Attached]) -> None:
-    """Replace the modules of these names; everything but the adapters in them, and what an attach before trains, is frozen."""
+def put(model: nn.Module, attached: Mapping[str, Attached], brought: Collection[str] = ()) -> None:
+    """Replace the modules of these names; everything but the adapters in them, and what an attach before trains, is frozen.
+
+    brought: tensors that a checkpoint has put in place of the base's.
+    """
+    remember(model, but=brought)
     if not attached_of(model):
         model.requires_grad_(False)
     for name, module in attached.items():
@@ -175,7 +184,9 @@ def initial_of(kind: str, settings: Mapping[str, Any]) -> Callable[[Affine], Any
         inspect.signature(make).bind(None, **settings)
     except TypeError as error:
         known = list(inspect.signature(make).parameters)[1:]
-        raise UsageError(f"kind {kind!r}: {error}; its settings are {', '.join(known)}") from error
+        raise UsageError(
+            f"kind {kind!r}: {error}; its settings are {', '.join(known)}; of every kind: dropout, train"
+        ) from error
     for name in (n for n in settings if n == "rank" or n.endswith("_rank")):
         if type(settings[name]) is not int or settings[name] < 1:
             raise UsageError(f"{name} {settings[name]!r}: expected a whole number of at least 1")
@@ -200,10 +211,28 @@ def attached_layer(
     if dropout and not hasattr(adapters.kind(kind), "DROPOUT"):
         raise UsageError(f"kind {kind!r} has no dropout in its paper; leave it out")
     layer = model.get_submodule(name)
-    layout = layout_of(name, layer)
+    attached = made(layer, layout_of(name, layer), kind, initial(plain_map(layer, name)), dropout)
+    if made is Attached:
+        _freeze_unread(attached)
+    return attached
+
+
+def _freeze_unread(layer: Attached) -> None:
+    """What the formula does not read, as a GLoRA path does of the others' tensors, is not trained."""
+    with torch.enable_grad():
+        y = adapters.kind(layer.kind).apply(
+            layer.weight.new_zeros(1, layer.in_features), layer.frozen(), layer.params()
+        )  # type: ignore[operator]
+        tensors = [p for p in layer.adapter.values() if p.requires_grad]
+        read = torch.autograd.grad(y.sum(), tensors, allow_unused=True) if y.requires_grad else [None] * len(tensors)
+    for parameter, gradient in zip(tensors, read, strict=True):
+        parameter.requires_grad_(gradient is not None)
+
+
+def plain_map(layer: Any, name: str) -> Affine:
+    """What a linear layer computes, without gradients."""
     bias = getattr(layer, "bias", None)
-    base = Affine(matrix(layer.weight.detach(), layout), None if bias is None else bias.detach())  # type: ignore[operator]
-    return made(layer, layout, kind, initial(base), dropout)
+    return Affine(matrix(layer.weight.detach(), layout_of(name, layer)), None if bias is None else bias.detach())
 
 
 def _key(name: str) -> str:

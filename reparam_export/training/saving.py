@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,12 @@ from reparam_export.checkpoints import NATIVE, Checkpoint, read
 from reparam_export.checkpoints.native import BASES, to_plain
 from reparam_export.errors import UsageError
 from reparam_export.files import PICKLES, replace_file
+from reparam_export.fit import check_shapes, touched_module
 from reparam_export.models import split_argument
-from reparam_export.training.attach import Attached, attached_layer, attached_of, put
+from reparam_export.training.attach import Attached, attached_layer, attached_of, plain_map, put
+from reparam_export.training.frozen import base_digests, trained_tensors
 
-RUNNING = ("running_mean", "running_var")
+T = TypeVar("T")
 
 
 def save(model: nn.Module, path: str | Path, *, base: str | None, base_state: bool | None = None) -> None:
@@ -29,11 +31,13 @@ def save(model: nn.Module, path: str | Path, *, base: str | None, base_state: bo
     base: spec of the plain base, "timm:...", "hf:..." or "open_clip:..."; None: to be given when it is read. A relative folder of the
     working folder is kept as seen from the file, so that the two can be read from anywhere, and moved together.
     base_state: put the frozen base's tensors into the file, under the plain base's names; default: for a timm base
-    without pretrained=true, which exists nowhere else. ``replaced`` are the trained modules and running statistics.
+    without pretrained=true, which exists nowhere else. Without them, their digests: another base is refused when the file is read.
+    ``replaced`` are running statistics and all else that was trained, frozen by now or not. Wrappers (torch.compile, DataParallel)
+    are taken off.
     Of a supernet without a fixed candidate, all paths are saved; ``--config checkpoint-N.pth.tar`` then chooses.
     Raises UsageError for a model without adapters, a base or an ending that cannot be read back.
     """
-    path = Path(path)
+    path, model = Path(path), unwrapped(model)
     attached = dict(attached_of(model))
     if not attached:
         raise UsageError(f"{path}: the model has no adapter to save; expected one that attach() was called on")
@@ -43,22 +47,24 @@ def save(model: nn.Module, path: str | Path, *, base: str | None, base_state: bo
         raise UsageError(f"base {base!r}: expected {', '.join(BASES)} or None; give any other when reading, as --base")
     with_base = _exists_nowhere_else(base) if base_state is None else base_state
     own = {f"{name}.adapter.{tensor}" for name, module in attached.items() for tensor in module.adapter}
+    _check_numbers(path, model)
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items() if name not in own}
-    replaced = {name: state[name] for name in _trained_tensors(model) if name in state}
+    replaced = {name: state[name] for name in trained_tensors(model) if name in state}
     content = {
         "format": NATIVE,
         "base": None if base is None else _from(path.parent, base),
-        "base_state": {name: t for name, t in state.items() if name not in replaced} if with_base else None,
+        "base_state": _plain({n: t for n, t in state.items() if n not in replaced}) if with_base else None,
+        "base_digests": {} if with_base else _plain(base_digests(model, but=own | set(replaced))),
         "adapters": [
             {
-                "module": name,
+                "module": _plain_name(name),
                 "kind": module.kind,
                 "rows": None,
                 "params": to_plain(map_tensors(module.params(), Tensor.cpu)),
             }
             for name, module in attached.items()
         ],
-        "replaced": replaced,
+        "replaced": _plain(replaced),
         "notes": [],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,16 +86,17 @@ def load(
 def attached_model(checkpoint: Checkpoint, made: type[Attached] = Attached) -> nn.Module:
     """A checkpoint as a model with live adapters. Raises UsageError for one on part of a layer, or in a stack."""
     model, _, checkpoint = opened(checkpoint)
-    layers = {}
+    layers: dict[str, Attached] = {}
     for adapter in checkpoint.adapters:
         whole = adapter.rows is None and adapter.parameter is None and adapter.weight == 1
         if not whole or adapter.module in layers:
             raise UsageError(
                 f"{adapter.site}: an adapter on part of a layer, or on top of another one, cannot be attached; fuse it first"
             )
+        check_shapes(adapter.site, plain_map(touched_module(model, adapter.module), adapter.module), adapter)
         params = map_tensors(adapter.params, torch.clone)
         layers[adapter.module] = attached_layer(model, adapter.module, adapter.kind, partial(_same, params), made=made)
-    put(model, layers)
+    put(model, layers, brought=checkpoint.replaced)
     _thaw(model, checkpoint.replaced)
     return model.eval()
 
@@ -105,11 +112,26 @@ def _thaw(model: nn.Module, names: Iterable[str]) -> None:
             parameters[name].requires_grad_(True)
 
 
-def _trained_tensors(model: nn.Module) -> list[str]:
-    """What training changes besides the adapters: parameters with gradients, and running statistics."""
-    trained = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad]
-    running = [name for name, _ in model.named_buffers() if name.endswith(RUNNING)]
-    return trained + running
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in a data-parallel wrapper."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def _plain(named: Mapping[str, T]) -> dict[str, T]:
+    return {_plain_name(name): value for name, value in named.items()}
+
+
+def _plain_name(name: str) -> str:
+    """The name without the wrappers of ``torch.compile``."""
+    return name.replace("_orig_mod.", "")
+
+
+def _check_numbers(path: Path, model: nn.Module) -> None:
+    empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if empty:
+        raise UsageError(f"{path}: {empty[0]} is on the device meta and has no numbers; load the weights before saving")
 
 
 def _from(folder: Path, base: str) -> str:

@@ -135,7 +135,8 @@ def load_supernet(
             raise missing
     check_finite(checkpoint.path, checkpoint)
     stored = int(checkpoint.adapters[0].params.Ad.shape[1])
-    return as_supernet(attached_model(checkpoint, made=Sampled), ranks or (stored,), seed)
+    adapters = tuple(replace(a, params=replace(a.params, path=NOTHING)) for a in checkpoint.adapters)
+    return as_supernet(attached_model(replace(checkpoint, adapters=adapters), made=Sampled), ranks or (stored,), seed)
 
 
 def as_supernet(model: nn.Module, ranks: Sequence[int], seed: int = 0) -> Supernet:

@@ -42,7 +42,14 @@ def targeted(model: nn.Module, targets: Targets) -> list[str]:
         found = [name for name in linear if matches(target, name)]
         if not found:
             shown = target.pattern if isinstance(target, re.Pattern) else target
+            adapted = [
+                n
+                for n, m in modules.items()
+                if matches(target, n) and isinstance(getattr(m, "adapter", None), nn.ParameterDict)
+            ]
             others = [f"{n} ({type(m).__name__})" for n, m in modules.items() if n and matches(target, n)]
+            if adapted:
+                raise UsageError(f"target {shown!r}: {adapted[0]} has an adapter already; a layer takes one")
             what = f"matches no linear layer, only {', '.join(others[:3])}" if others else "matches no module"
             raise UsageError(f"target {shown!r} {what}; {nearest(shown, linear)}")
         chosen |= set(found)

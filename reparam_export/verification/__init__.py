@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from reparam_export.assembly import adapted, base_of, fused, opened
 from reparam_export.checkpoints import Adapter, Checkpoint, by_site, components
 from reparam_export.errors import EquivalenceError
-from reparam_export.fusion import DTYPES, Advance, FusedWeights, own_state, touched_module
+from reparam_export.fit import touched_module
+from reparam_export.fusion import DTYPES, Advance, FusedWeights, own_state
 from reparam_export.layouts import site_of, touched
 from reparam_export.models import Signature, read_inputs, samples
 from reparam_export.verification.certificate import (

@@ -10,7 +10,7 @@ import timm
 import torch
 
 from reparam_export.errors import CheckpointError, MissingSettingError, TensorMismatchError, UsageError
-from reparam_export.models import Base, outputs_of_call, samples
+from reparam_export.models import Base, outputs_of_call, samples, split_argument
 
 DATA = Path(__file__).parents[1] / "data"
 WEIGHTS = DATA / "hydra_vtab" / "base.pt"
@@ -75,6 +75,22 @@ def test_the_head_may_have_another_name_and_the_input_other_channels(tmp_path: P
     with torch.no_grad():
         assert torch.equal(module(images["image"]), direct(images["image"]))
     assert module.num_classes == 7
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "mixer_s16_224?img_size=32",
+        "swin_tiny_patch4_window7_224?img_size=64&window_size=2",
+        "vit_tiny_patch16_224?img_size=[32,64]",
+    ],
+)
+def test_images_have_the_size_that_the_spec_says(tmp_path: Path, spec: str) -> None:
+    name, keywords = split_argument(spec)
+    torch.save(timm.create_model(name, num_classes=3, **keywords).state_dict(), tmp_path / "base.pt")
+    _, signature = Base(f"timm:{spec}", tmp_path / "base.pt").build()
+    size = keywords["img_size"]
+    assert signature.inputs[0].shape == ("batch", 3, *(size if isinstance(size, list) else (size, size)))
 
 
 def test_refuses_a_base_without_weights() -> None:

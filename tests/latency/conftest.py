@@ -62,9 +62,10 @@ class Synthetic:
         if "memory" in request:
             return {"memory": {str(b): 1_000_000 * b for b in request["memory"]["batches"]}}
         times: dict[str, dict[str, list[int]]] = {}
-        for batch, cycles in request["round"]["batches"].items():
+        for batch, (cycles, models) in request["round"]["batches"].items():
             times[str(batch)] = {}
-            for model in self.models:
+            assert set(models) <= set(self.models)
+            for model in models:
                 placed = self.factors.get(model, 1.0) * np.exp(self.chance.normal(0, self.spread))
                 runs = 10e6 * batch * placed * np.exp(self.chance.normal(0, 0.002, cycles))
                 times[str(batch)][model] = [int(t) for t in runs]

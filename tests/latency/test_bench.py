@@ -200,7 +200,7 @@ def run(*batches: int, name: str = "onnxruntime_cpu", **settings: Any) -> rx.Mea
 
 
 def test_equal_models_cost_nothing_and_the_run_ends_with_the_verdict(synthetic: Install) -> None:
-    answering = synthetic(adapted=1.12)
+    answering = synthetic(adapted=1.12, seed=1)
     found = run()
     assert found.verdict == "no added cost"
     rounds = found.cases[0].ratio("fused").rounds
@@ -218,8 +218,24 @@ def test_every_round_is_a_new_process_that_loads_the_models_in_another_order(syn
     answering = synthetic()
     run(name=name, memory=False)
     assert len(answering.orders) == len(answering.asked) > 10
-    assert len({tuple(order) for order in answering.orders}) > 5
-    assert {frozenset(order) for order in answering.orders} == {frozenset(answering.orders[0])}
+    rounds = answering.orders[1:]  # the first says how many cycles make a round
+    assert len({tuple(order) for order in rounds}) > 5
+    assert {frozenset(order) for order in rounds} == {frozenset({"base", "base again", "adapted", "fused"})}
+
+
+def test_a_model_that_is_decided_is_not_timed_any_more_and_the_base_always_is(synthetic: Install) -> None:
+    answering = synthetic(spread=0.012, seed=1, adapted=1.2, fused=1.005)
+    case = run(rounds=120, memory=False).cases[0]
+    rounds = {model: len(times) for model, times in case.raw.items()}
+    assert rounds["adapted"] == 10  # the first look
+    assert rounds["adapted"] < rounds["base again"] < rounds["fused"] == rounds["base"]
+    assert all(case.ratio(model).rounds == rounds[model] for model in ("adapted", "base again", "fused"))
+    assert case.ratio("adapted").look.rounds == 10
+    assert case.ratio("base again").look.position == "within"
+    asked = [request["round"]["batches"][1][1] for request in answering.asked]
+    assert asked[0] == ("base",)
+    assert [len(models) for models in asked[1:]] == sorted((len(models) for models in asked[1:]), reverse=True)
+    assert len(answering.orders[-1]) == len(asked[-1]) == 2
 
 
 def test_five_percent_more_is_added_cost(synthetic: Install) -> None:
@@ -308,7 +324,7 @@ def test_a_round_of_long_runs_has_few_cycles_and_one_of_short_runs_many(syntheti
     answering = synthetic()
     run(1, 16, 640, rounds=1)
     plans = next(r["round"]["batches"] for r in answering.asked[::-1] if "round" in r)
-    assert plans == {1: 25, 16: 6, 640: 2}
+    assert {batch: cycles for batch, (cycles, _) in plans.items()} == {1: 25, 16: 6, 640: 4}
 
 
 # The timing process.
@@ -324,7 +340,7 @@ def job(folder: Path, name: str = "onnxruntime_cpu", file: str = "model.onnx") -
 def test_the_timing_process_is_pinned_and_single_threaded(exported: Path) -> None:
     with Worker(job(exported)) as worker:
         pid = worker._process.pid
-        worker.ask(round={"seed": 0, "cpus": [0], "batches": {1: 1}})
+        worker.ask(round={"seed": 0, "cpus": [0], "batches": {1: (1, ["a"])}})
         assert os.sched_getaffinity(pid) == {0}
         threads = {os.sched_getaffinity(int(t.name)) == {0} for t in Path(f"/proc/{pid}/task").iterdir()}
         assert threads == {True}
@@ -366,7 +382,7 @@ def test_memory_is_that_of_one_model_in_a_process_of_its_own(exported: Path, nam
 def test_a_file_that_cannot_be_loaded_is_a_reason_not_a_crash(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"not onnx")
     with Worker(job(tmp_path)) as worker, pytest.raises(WorkerError, match=r"\w"):
-        worker.ask(round={"seed": 0, "cpus": [0], "batches": {1: 1}})
+        worker.ask(round={"seed": 0, "cpus": [0], "batches": {1: (1, ["a"])}})
 
 
 def test_a_timing_process_that_is_killed_is_an_error_with_its_signal(exported: Path) -> None:
@@ -374,7 +390,7 @@ def test_a_timing_process_that_is_killed_is_an_error_with_its_signal(exported: P
         os.kill(worker._process.pid, signal.SIGKILL)
         worker._process.wait()
         with pytest.raises(WorkerError, match="code -9, killed: out of memory"):
-            worker.ask(round={"seed": 0, "cpus": [0], "batches": {1: 1}})
+            worker.ask(round={"seed": 0, "cpus": [0], "batches": {1: (1, ["a"])}})
 
 
 def test_no_timing_process_is_left_behind(exported: Path) -> None:

@@ -371,6 +371,42 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
     refused(part, TensorMismatchError, "does not adapt it")
 
 
+def test_biases_of_zeros_are_a_change_of_nothing(tmp_path: Path) -> None:
+    base = llama(tmp_path / "base")
+    path = native(tmp_path / "ckpt.pt", base, "hydra", LAYERS, scale=0.0)
+    for refused in (lambda: fused_by_rows(path, tmp_path / "out"), lambda: rx.fuse(read(path))):
+        with pytest.raises(FusionError, match="changes nothing"):
+            refused()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("trained", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"], ids=["copied", "folded"])
+def test_another_base_than_the_one_it_was_trained_on_is_refused(
+    tmp_path: Path, trained: torch.dtype, name: str
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    from reparam_export.training import attach, save
+
+    base = llama(tmp_path / "base", shards=2)
+    model = attach(LlamaForCausalLM.from_pretrained(base, dtype=trained), "lora", "*.mlp.up_proj", rank=2)
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.add_(0.1)
+    save(model, tmp_path / "ckpt.pt", base=f"hf:{base}")
+    fused_by_rows(tmp_path / "ckpt.pt", tmp_path / "out")
+    for file in base.glob("*.safetensors"):
+        state = load_file(file)
+        if name in state:
+            state[name].view(-1)[5] += 1
+            save_file(state, file, {"format": "pt"})
+    with pytest.raises(TensorMismatchError, match="other numbers") as caught:
+        fused_by_rows(tmp_path / "ckpt.pt", tmp_path / "other")
+    assert caught.value.tensor == name
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_change_of_nothing_is_refused(tmp_path: Path) -> None:
     base = llama(tmp_path / "base")
     adapter = lora(tmp_path / "adapter", base)

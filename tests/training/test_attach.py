@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import reparam_export as rx
-from reparam_export.errors import CheckpointError, SharedWeightError, UsageError
+from reparam_export.errors import CheckpointError, SharedWeightError, TensorMismatchError, UsageError
 from reparam_export.training import adapter_parameters, attach, load, save, trainable
 from reparam_export.training.attach import Attached, trainable_kinds
 from reparam_export.training.targets import matches
@@ -357,6 +357,139 @@ def test_a_relative_base_folder_is_found_from_anywhere_and_after_both_were_moved
     assert rx.fuse(checkpoint).changed == ("encoder.layer.0.attention.self.query.weight",)
 
 
+def test_what_was_trained_is_saved_even_when_it_is_frozen_by_then(vit: nn.Module, tmp_path: Path) -> None:
+    attach(vit, "lora", TARGETS, rank=2, train="head")
+    vit.norm.requires_grad_(True)  # by the user's own hand
+    trained(vit).requires_grad_(False)
+    with torch.no_grad():
+        expected = vit.eval()(IMAGES)
+    save(vit, tmp_path / "ckpt.pt", base=f"{SPEC}&pretrained=true")
+    checkpoint = rx.read(tmp_path / "ckpt.pt")
+    assert set(checkpoint.replaced) == {"head.weight", "head.bias", "norm.weight", "norm.bias"}
+    save(vit, tmp_path / "ckpt.pt", base=SPEC)
+    again = load(tmp_path / "ckpt.pt").requires_grad_(False)
+    assert torch.equal(again(IMAGES), expected)
+    save(again, tmp_path / "again.pt", base=SPEC)  # what a checkpoint brought is never the base's
+    assert set(rx.read(tmp_path / "again.pt").replaced) == set(checkpoint.replaced)
+
+
+BASES = """
+import timm, torch
+def base(seed=0, **other):
+    torch.manual_seed(seed)
+    return timm.create_model("vit_tiny_patch16_224", **({shape} | other))
+def other():
+    return base(1)
+def half():
+    return base().half()
+"""
+
+
+@pytest.fixture
+def bases(tmp_path: Path) -> tuple[str, Any]:
+    """``py:FILE.py:``, and a function that makes its models."""
+    found: dict[str, Any] = {}
+    code = BASES.format(shape=SHAPE)
+    (tmp_path / "bases.py").write_text(code)
+    exec(code, found)
+    return f"py:{tmp_path / 'bases.py'}:", found["base"]
+
+
+IMAGE = ["image=batch,3,32,32:float32"]
+
+
+def test_another_base_than_the_one_it_was_trained_on_is_refused(bases: tuple[str, Any], tmp_path: Path) -> None:
+    spec, make = bases
+    save(trained(attach(make(), "lora", TARGETS, rank=2, train="head")), tmp_path / "ckpt.pt", base=None)
+    assert rx.fuse(rx.read(tmp_path / "ckpt.pt", f"{spec}base", inputs=IMAGE)).changed
+    with pytest.raises(TensorMismatchError, match="trained on a base with other numbers") as caught:
+        rx.fuse(rx.read(tmp_path / "ckpt.pt", f"{spec}other", inputs=IMAGE))
+    assert not caught.value.tensor.startswith("head.")
+    with pytest.raises(TensorMismatchError):
+        load(tmp_path / "ckpt.pt", f"{spec}other", inputs=IMAGE)
+    edited = make()
+    with torch.no_grad():
+        edited.blocks[0].mlp.fc1.weight[3, 4] += 1e-3  # one entry, before it is trained
+    save(trained(attach(edited, "lora", TARGETS, rank=2)), tmp_path / "edited.pt", base=None)
+    with pytest.raises(TensorMismatchError, match="1 of ") as caught:
+        rx.fuse(rx.read(tmp_path / "edited.pt", f"{spec}base", inputs=IMAGE))
+    assert caught.value.tensor == "blocks.0.mlp.fc1.weight"
+
+
+def test_a_base_that_was_cast_for_training_is_the_same_base(bases: tuple[str, Any], tmp_path: Path) -> None:
+    spec, make = bases
+    before, after = make().half(), attach(make(), "lora", TARGETS, rank=2)
+    save(perturbed(attach(before, "lora", TARGETS, rank=2)), tmp_path / "before.pt", base=None)
+    save(perturbed(after).half(), tmp_path / "after.pt", base=None)
+    for name in ("before.pt", "after.pt"):
+        for base in ("base", "half"):
+            checkpoint = rx.read(tmp_path / name, f"{spec}{base}", inputs=IMAGE)
+            assert not checkpoint.replaced
+            assert rx.fuse(checkpoint).changed
+
+
+def test_the_second_of_a_stack_may_be_trained_on_what_the_first_made(bases: tuple[str, Any], tmp_path: Path) -> None:
+    spec, make = bases
+    save(perturbed(attach(make(), "lora", "blocks.0.*", rank=2)), tmp_path / "one.pt", base=None)
+    one = rx.read(tmp_path / "one.pt", f"{spec}base", inputs=IMAGE)
+    made = make()
+    made.load_state_dict(dict(rx.fuse(one)))
+    save(perturbed(attach(made, "lora", "blocks.0.*", rank=2)), tmp_path / "two.pt", base=None)
+    two = rx.read(tmp_path / "two.pt", f"{spec}base", inputs=IMAGE)
+    with pytest.raises(TensorMismatchError):
+        rx.fuse(two)
+    assert rx.fuse(rx.stacked([one, two])).changed
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    """As if it had been trained."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compile", "DataParallel"])
+def test_wrappers_are_taken_off(vit: nn.Module, tmp_path: Path, wrap: Any) -> None:
+    model = perturbed(attach(vit, "lora", TARGETS, rank=2, train="head")).eval()
+    save(model, tmp_path / "plain.pt", base=SPEC)
+    save(wrap(model), tmp_path / "wrapped.pt", base=SPEC)
+    plain, wrapped = (load(tmp_path / f"{name}.pt") for name in ("plain", "wrapped"))
+    assert torch.equal(plain(IMAGES), wrapped(IMAGES))
+    assert rx.read(tmp_path / "plain.pt").replaced.keys() == rx.read(tmp_path / "wrapped.pt").replaced.keys()
+
+
+def test_a_compiled_part_is_saved_under_its_plain_name(vit: nn.Module, tmp_path: Path) -> None:
+    model = perturbed(attach(vit, "lora", TARGETS, rank=2)).eval()
+    model.blocks[0] = torch.compile(model.blocks[0])
+    save(model, tmp_path / "ckpt.pt", base=SPEC)
+    assert {a.module for a in rx.read(tmp_path / "ckpt.pt").adapters} == {
+        f"blocks.{n}.{layer}" for n in (0, 1) for layer in ("attn.proj", "mlp.fc2")
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", trainable_kinds())
+def test_under_autocast_too_an_untrained_adapter_gives_the_bases_outputs(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(OrderedDict(a=nn.Linear(24, 16), b=nn.Linear(16, 12))), torch.randn(5, 24)
+    plain = copy.deepcopy(model)
+    attach(model, kind, "*", **SETTINGS.get(kind, {"rank": 2}))
+    with torch.autocast("cpu", dtype):
+        found, expected = model(x), plain(x)
+    assert found.dtype == expected.dtype == dtype
+    assert torch.equal(found, expected)
+
+
+def test_what_a_path_does_not_read_is_not_trained() -> None:
+    model = nn.Sequential(OrderedDict(a=nn.Linear(6, 5)))
+    path = {"A": "LoRA_4", "B": "none", "C": "none", "D": "none", "E": "vector"}
+    attach(model, "glora", "a", rank=4, path=path)
+    assert trainable(model) == adapter_parameters(model) == 4 * (6 + 5) + 5
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"a.adapter.{t}" for t in ("Ad", "Au", "E")}
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -391,7 +524,7 @@ def test_a_missing_rank_is_a_usage_error(vit: nn.Module) -> None:
 
 def test_an_adapted_layer_takes_no_second_adapter(vit: nn.Module) -> None:
     attach(vit, "lora", "blocks.0.attn.proj", rank=2)
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="has an adapter already"):
         attach(vit, "lora", "blocks.0.attn.proj", rank=2)
 
 

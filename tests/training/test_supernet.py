@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 import reparam_export as rx
 from reparam_export.adapters import glora
+from reparam_export.checkpoints import Recipe
 from reparam_export.errors import MissingSettingError, UsageError
+from reparam_export.inspection import inspect_checkpoint
 from reparam_export.training import Supernet, load_supernet, save, supernet, trainable
 from reparam_export.training.space import Candidate, Space, choices_of, from_dicts, to_dicts
 
@@ -214,6 +216,8 @@ def test_a_saved_supernet_needs_a_candidate_and_then_converts(tmp_path: Path) ->
     with pytest.raises(MissingSettingError) as caught:
         rx.read(tmp_path / "net.pt")
     assert caught.value.setting == "paths"
+    shown = inspect_checkpoint(Recipe(str(tmp_path / "net.pt")))
+    assert {choice for a in shown["adapters"] for choice in a["settings"]["path"].values()} == {"unchosen"}
     chosen = candidate(net, 7)
     (tmp_path / "paths.json").write_text(json.dumps(net.space.named(chosen)))
     checkpoint = rx.read(tmp_path / "net.pt", config=tmp_path / "paths.json")

@@ -1,0 +1,131 @@
+"""Does a checkpoint belong to this base: are its modules there, all of them and of its sizes, and are the numbers those it was trained on?
+
+Our own checkpoints carry digests of their base's parameters, each in the dtype that it was trained in: a base that was cast for
+training is the same base.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from reparam_export.adapters import kind
+from reparam_export.affine import Affine, tensors_of
+from reparam_export.checkpoints import Adapter, Checkpoint
+from reparam_export.errors import CheckpointError, TensorMismatchError
+from reparam_export.state import content_digest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Digest = tuple[str, str]  # dtype, as torch names it without "torch."; blake3 of the bytes
+
+
+def touched_module(module: nn.Module, name: str) -> nn.Module:
+    """The base's module of that name. Raises TensorMismatchError that names the nearest ones."""
+    modules: dict[str, nn.Module] = dict(module.named_modules())
+    if name in modules:
+        return modules[name]
+    near = difflib.get_close_matches(name, modules, n=3, cutoff=0.5)
+    raise TensorMismatchError(
+        f"the checkpoint adapts {name}, which the base does not have (nearest: {', '.join(near) or 'none'}); "
+        "is this the base that it was trained on?",
+        module=name,
+        tensor="weight",
+        expected=name,
+        found=near,
+    )
+
+
+def check_shapes(name: str, base: Affine, adapter: Adapter) -> None:
+    """Every tensor of the adapter against the base's size. Raises TensorMismatchError with the first that does not fit."""
+    expected = kind(adapter.kind).shapes(base.out_features, base.in_features, adapter.params)
+    for tensor, value in tensors_of(adapter.params).items():
+        if tuple(value.shape) != expected.get(tensor):
+            raise TensorMismatchError(
+                f"{name}: the {adapter.kind} tensor {tensor} is {tuple(value.shape)}, expected {expected.get(tensor)} on a base "
+                f"weight of {base.out_features} x {base.in_features}; is this the base that it was trained on?",
+                module=name,
+                tensor=tensor,
+                expected=expected.get(tensor),
+                found=tuple(value.shape),
+            )
+
+
+def check_covered(names: list[str], checkpoint: Checkpoint) -> None:
+    """Every module that the training code adapts has its adapter, and a list of paths met the layers in their order.
+
+    names: of the base's modules with a weight, in the model's order. Raises TensorMismatchError, CheckpointError.
+    """
+    adapted = {a.module for a in checkpoint.adapters}
+    wanted = checkpoint.covers(names)
+    if checkpoint.only:
+        _check_only(checkpoint, set(checkpoint.covers([*names, *adapted])))
+    missing = [name for name in wanted if name not in adapted]
+    if missing:
+        raise TensorMismatchError(
+            f"{checkpoint.path}: {len(missing)} module(s) that a {checkpoint.format} checkpoint adapts have no adapter in it, "
+            f"first {missing[0]}; the file is incomplete, or belongs to another base",
+            module=missing[0],
+            tensor="weight",
+            expected="an adapter",
+            found=None,
+        )
+    order = {name: number for number, name in enumerate(names)}
+    places = [order[a.module] for a in checkpoint.adapters if a.module in order]
+    if checkpoint.positional and places != sorted(places):
+        raise CheckpointError(
+            f"{checkpoint.path}: its layers do not stand in the model's order, so a list of paths cannot be matched to them "
+            "(a file that was saved again may be sorted by name); give the paths by layer name"
+        )
+
+
+def _check_only(checkpoint: Checkpoint, wanted: set[str]) -> None:
+    """Raises TensorMismatchError for an adapter on a module that its configuration leaves out: whoever loads it, leaves it out."""
+    for adapter in checkpoint.adapters:
+        own = adapter.module in wanted or adapter.module.rpartition(".")[0] in wanted  # a part of an attention module
+        if not own and adapter.parameter is None and adapter.kind != "tokens":
+            raise TensorMismatchError(
+                f"{checkpoint.path}: {adapter.module} has an adapter in the file, and the configuration does not adapt it (target_modules, "
+                "exclude_modules, layers_to_transform, modules_to_save); file and configuration do not belong together",
+                module=adapter.module,
+                tensor="weight",
+                expected=None,
+                found="an adapter",
+            )
+
+
+def check_trained_on(checkpoint: Checkpoint, parameter: Callable[[str], Tensor | None]) -> None:
+    """Raises TensorMismatchError unless the base's parameters are those that the checkpoint was trained on, as far as it says.
+
+    parameter: a parameter of the base by its name, None where there is none. Of a stack, the later ones may have been trained on what
+    those before them made.
+    """
+    made: set[str] = set()  # by those before
+    for member in checkpoint.members or (checkpoint,):
+        known = {name: digest for name, digest in member.base_digests.items() if name not in made}
+        odd = [name for name, digest in known.items() if _differs(parameter(name), digest)]
+        if odd:
+            raise TensorMismatchError(
+                f"{member.path}: it was trained on a base with other numbers than {checkpoint.base} has: {len(odd)} of {len(known)} "
+                f"parameters differ, first {odd[0]}; give the base that it was trained on, or save() it with base_state=True",
+                module=odd[0].rpartition(".")[0],
+                tensor=odd[0],
+                expected=known[odd[0]][1],
+                found=None,
+            )
+        made |= set(member.replaced) | {f"{a.module}.{a.parameter or 'weight'}" for a in member.adapters}
+        made |= {f"{a.module}.bias" for a in member.adapters}
+
+
+def digest_of(tensor: Tensor, dtype: str | None = None) -> Digest:
+    """The digest of a tensor as one of that dtype; None: of its own."""
+    import torch
+
+    cast = tensor if dtype is None else tensor.to(getattr(torch, dtype))
+    return str(cast.dtype).removeprefix("torch."), content_digest(cast.cpu()).hex()
+
+
+def _differs(tensor: Tensor | None, expected: Digest) -> bool:
+    return tensor is not None and digest_of(tensor, expected[0]) != expected
