@@ -112,7 +112,10 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | No
         )
     check_kept(checkpoint, survival_of(kept)["overall"])
     new = once(new, aliases)
-    tensors = {name: _cast(name, tensor, storage) for name, tensor in state.items() if name not in new} | new
+    exact = checkpoint.replaced if storage else {}  # in ``state`` they have the base's own dtypes
+    tensors = {
+        name: _cast(name, exact.get(name, tensor), storage) for name, tensor in state.items() if name not in new
+    } | new
     _check_finite(tensors)
     return FusedWeights(
         tensors={name: tensors[name] for name in sorted(tensors)},
@@ -207,8 +210,10 @@ def fold_site(
     base = site.affine(own, torch.float64)
     whole = fold_affine(base, adapters)
     same_bias = torch.equal(*(b if b is not None else torch.zeros(0) for b in (base.bias, whole.bias)))
-    new_bias = not same_bias and (base.bias is not None or bool(whole.bias.any()))  # one of zeros changes nothing
-    moved = new_bias or not torch.equal(base.weight, whole.weight)
+    zeros = (
+        base.bias is None and whole.bias is not None and not bool(whole.bias.any())
+    )  # a new bias that changes nothing
+    moved = not ((same_bias or zeros) and torch.equal(base.weight, whole.weight))
     old = own[site.tensor]
     choice = None if dtype == "auto" and site.expert is not None else dtype  # one tensor holds all experts
     storage, kept = _storage(base.weight, whole.weight, old.dtype, choice)
@@ -305,6 +310,12 @@ def once(new: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Ten
         if alias in new and not torch.equal(new[alias], new[holder]):
             raise _shared(alias, (holder,), {alias: (alias, holder)})
     return kept
+
+
+def narrowed(checkpoint: Checkpoint, size_of: Callable[[str], int | None]) -> list[str]:
+    """The tensors that the checkpoint brings whole, and that are stored in fewer bytes an entry than it has them in."""
+    floats = {name: t for name, t in checkpoint.replaced.items() if "float" in str(t.dtype)}
+    return [name for name, tensor in floats.items() if (size_of(name) or tensor.dtype.itemsize) < tensor.dtype.itemsize]
 
 
 def _cast(name: str, tensor: Tensor, storage: torch.dtype | None) -> Tensor:

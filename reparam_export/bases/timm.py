@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
+LOADING = {
+    "checkpoint_path",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "cache_dir",
+}  # a spec may come from a checkpoint
 JAX_PREFIXES = ("", "opt/target/", "params/", "params/img/")
 
 
@@ -37,6 +43,12 @@ def build(argument: str, base: Base) -> tuple[nn.Module, Signature]:
     that cannot be read and TensorMismatchError for ones that do not fit.
     """
     name, keywords = split_argument(argument)
+    loading = sorted(LOADING & keywords.keys())
+    if loading:
+        raise UsageError(
+            f"base {base.spec!r}: expected keywords that shape the model; found {loading[0]}, with which timm loads files by itself; "
+            "give weights with --base-weights FILE, or pretrained=true"
+        )
     pretrained = keywords.pop("pretrained", False)
     state = base.tensors()
     if state is None and not pretrained:

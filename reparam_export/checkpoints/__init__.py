@@ -24,6 +24,7 @@ from reparam_export.checkpoints._checks import (
     check,
     check_disjoint,
     check_finite,
+    check_plain,
     components,
     non_finite,
     zeros,
@@ -267,6 +268,7 @@ def read(
     parts = _read(fmt, source)
     given.check_all_used(name)
     check(source.path, parts)
+    check_plain(source.path, parts)
     if not inspecting:
         check_finite(source.path, parts)
     return Checkpoint(

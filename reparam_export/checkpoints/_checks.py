@@ -53,8 +53,8 @@ def _overlap(one: Adapter, other: Adapter) -> bool:
     return start < other_stop and other_start < stop
 
 
-def check_finite(path: Path, parts: Parts | Checkpoint) -> None:
-    """Every tensor is dense, of a usable dtype and finite. Raises CheckpointError."""
+def check_plain(path: Path, parts: Parts | Checkpoint) -> None:
+    """Every tensor is dense and of a usable dtype. Raises CheckpointError."""
     for name, tensor in _named(parts):
         real = any(str(tensor.dtype).endswith(kind) for kind in ("float16", "float32", "float64"))  # bfloat16 too
         integers = name in parts.replaced or name.endswith("indices") or ": tensors." in name
@@ -62,6 +62,10 @@ def check_finite(path: Path, parts: Parts | Checkpoint) -> None:
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}; expected 16, 32 or 64 bit floating point numbers")
         if hasattr(tensor, "is_meta") and not _plain(tensor):
             raise CheckpointError(f"{path}: {name} is not a plain dense tensor that holds all of its entries")
+
+
+def check_finite(path: Path, parts: Parts | Checkpoint) -> None:
+    """Every number is finite. Raises CheckpointError."""
     for adapter in parts.adapters:
         where = f"{path}: {adapter.module}"
         map_tensors(adapter.params, lambda t: t, partial(_finite_number, where))

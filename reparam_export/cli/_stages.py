@@ -59,6 +59,7 @@ def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool =
 
 
 def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, resume: bool, dry_run: bool) -> None:
+    from reparam_export.fusion import narrowed
     from reparam_export.report.numbers import size
     from reparam_export.streaming import expected, stream
 
@@ -89,13 +90,23 @@ def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, 
     console.line(
         f"fused {len(plan.checkpoint.adapters)} adapters into {len(record['changed'])} tensors: every stored entry proven"
     )
+    show_narrowed(console, narrowed(plan.checkpoint, plan.itemsize))
     console.line(kept_line(record["survival"]))
+
+
+def show_narrowed(console: Console, names: list[str]) -> None:
+    """Say what storage rounds of tensors that were trained whole: no layer's share speaks of it."""
+    if names:
+        console.line(
+            f"rounded: {len(names)} of the tensors taken whole, first {names[0]}, are stored in fewer bits than they were trained in; "
+            "--dtype fp32 keeps them"
+        )
 
 
 def memory_stage(console: Console, recipe: Recipe, folder: Path) -> None:
     from reparam_export import fuse as fuse_weights
     from reparam_export.folder import save_fused
-    from reparam_export.fusion import survival_of
+    from reparam_export.fusion import narrowed, survival_of
 
     with console.stage("fuse") as advance:
         checkpoint = recipe.read()
@@ -103,6 +114,7 @@ def memory_stage(console: Console, recipe: Recipe, folder: Path) -> None:
         save_fused(folder, checkpoint, weights, recipe.dtype)
     whole = f", {len(weights.replaced)} tensors taken whole" if weights.replaced else ""
     console.line(f"fused {len(checkpoint.adapters)} adapters into {len(weights.changed)} tensors{whole}")
+    show_narrowed(console, narrowed(checkpoint, lambda name: weights[name].dtype.itemsize if name in weights else None))
     if recipe.dtype == "auto":
         console.line(
             f"dtype: {'each layer its own' if weights.dtype == 'auto' else f'{weights.dtype}, one for all'}: {weights.storage()}"

@@ -60,7 +60,7 @@ def stream(
     try:
         check_trained_on(plan.checkpoint, plan.parameter)
         Work(plan, staging, advance).run()
-        if all(layer.change == 0 for layer in layers_of(staging)) and not _biases_changed(staging):
+        if not _moved(plan, staging):
             raise FusionError(
                 f"{plan.checkpoint.path}: the adapter changes nothing: every fused weight equals the base's. "
                 "It was never trained, or the code that trained it never switched it on"
@@ -99,6 +99,13 @@ def layers_of(staging: Staging) -> tuple[LayerEvidence, ...]:
     """The proof of every layer, in the order of the shards."""
     entries = [staging.finished[shard.name] for shard in staging.plan.shards]
     return tuple(from_entry(layer) for entry in entries for layer in entry["layers"])
+
+
+def _moved(plan: Plan, staging: Staging) -> bool:
+    """Does the checkpoint change anything: with its adapters, if it has any, else with the tensors that it brings whole?"""
+    if not plan.touched:
+        return bool(plan.moved)
+    return any(layer.change != 0 for layer in layers_of(staging)) or bool(_biases_changed(staging))
 
 
 def _biases_changed(staging: Staging) -> list[str]:

@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from reparam_export.assembly import base_of
 from reparam_export.checkpoints import Checkpoint
 from reparam_export.errors import CheckpointError, ExportError, FusionError, TensorMismatchError
 from reparam_export.files import fingerprint
 from reparam_export.fit import check_covered
 from reparam_export.hf_folder import Structure, bias_switches, structure_of
-from reparam_export.streaming.formats import BY_SHORT, FORMATS, Format
+from reparam_export.streaming.formats import BY_SHORT, FORMATS, Format, wide
 from reparam_export.streaming.forms import Touched, creates_bias, modules_of
 from reparam_export.streaming.shards import Place, Stored, layout, of_tensor
 from reparam_export.streaming.source import UNTIED, NotStreamableError, check_names, files_of, source_of, untied
@@ -53,6 +55,7 @@ class Plan:
     zeros: tuple[str, ...]
     untied: tuple[str, ...]  # names that were another name of a tensor and are tensors now
     ties: Mapping[str, str]  # those that stay
+    moved: tuple[str, ...]  # of a checkpoint without adapters, the tensors with other numbers than the base's
 
     @property
     def size(self) -> int:
@@ -63,6 +66,11 @@ class Plan:
     def entries(self) -> int:
         """Entries of the weights that are folded."""
         return sum(math.prod(t.weight.shape) for t in self.touched.values())
+
+    def itemsize(self, name: str) -> int | None:
+        """Bytes of an entry of a float tensor as it is written."""
+        places = (place for shard in self.shards for _, filled in shard.units for place in filled if place.name == name)
+        return next((FORMATS[place.code].size for place in places if place.code in FORMATS), None)
 
     def parameter(self, name: str) -> Tensor | None:
         """A float tensor of the base, mapped; None for what its files do not hold under this name."""
@@ -96,7 +104,8 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
     check_names(structure, stored, config)
     structure, apart = untied(structure, checkpoint, config, base)
     stored |= {name: replace(stored[holder], name=name) for name, holder in apart.items()}
-    replaced = _replaced(checkpoint, stored)
+    target = BY_SHORT[storage] if storage else None
+    replaced = _replaced(checkpoint, stored, target)
     touched = _touched(checkpoint, stored | replaced, structure)
     check_covered([n for n in structure.order if f"{n}.weight" in stored], checkpoint)
     created = _created(touched, structure) + [name for name in replaced if name not in stored]
@@ -105,7 +114,6 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
         switched, zeros = bias_switches(config, names, created)
     except ExportError as error:
         raise NotStreamableError(str(error)) from error
-    target = BY_SHORT[storage] if storage else None
     corrected: dict[str, Any] = {**switched, **({UNTIED: False} if apart else {}), **_dtype_entry(config, target)}
     shards = _shards(files, apart, [*created, *zeros], touched, stored | replaced, target, checkpoint)
     fused = {f"{module}.{part}" for module in touched for part in ("weight", "bias")}
@@ -122,7 +130,15 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
         zeros=tuple(zeros),
         untied=tuple(apart),
         ties=structure.ties,
+        moved=() if touched else tuple(name for name, new in replaced.items() if _differs(new, stored.get(name))),
     )
+
+
+def _differs(new: Stored, old: Stored | None) -> bool:
+    """Does a tensor that the checkpoint brings whole hold other numbers than the base's?"""
+    if old is None or not (new.is_float and old.is_float):
+        return old is None or new.raw.tobytes() != old.raw.tobytes()
+    return not np.array_equal(wide(new.values(), FORMATS[new.code]), wide(old.values(), FORMATS[old.code]))
 
 
 def _check_plain(checkpoint: Checkpoint) -> None:
@@ -136,8 +152,8 @@ def _check_plain(checkpoint: Checkpoint) -> None:
         raise NotStreamableError(f"{other.site} is not the weight of a layer, or is changed in part")
 
 
-def _replaced(checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Tensors that the checkpoint brings whole, in the base's own dtype. Raises NotStreamableError."""
+def _replaced(checkpoint: Checkpoint, stored: Mapping[str, Stored], target: Format | None) -> dict[str, Stored]:
+    """Tensors that the checkpoint brings whole; in the base's own dtype, unless all are stored in another. Raises NotStreamableError."""
     from reparam_export.streaming.formats import rounded
     from reparam_export.streaming.forms import array64
 
@@ -147,7 +163,7 @@ def _replaced(checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> dict[str,
         old = stored.get(name) or stored.get(f"{name.removesuffix('bias')}weight" if name.endswith(".bias") else "")
         if old is None or (name in stored and stored[name].shape != new.shape):
             raise NotStreamableError(f"the checkpoint brings {name} in another shape than the base's")
-        if new.is_float and old.is_float and new.code != old.code:
+        if target is None and new.is_float and old.is_float and new.code != old.code:
             values = rounded(array64(tensor), FORMATS[old.code])
             new = Stored(name, old.code, new.shape, values.reshape(-1).view("u1"))
         found[name] = new

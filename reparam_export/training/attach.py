@@ -220,9 +220,8 @@ def attached_layer(
 def _freeze_unread(layer: Attached) -> None:
     """What the formula does not read, as a GLoRA path does of the others' tensors, is not trained."""
     with torch.enable_grad():
-        y = adapters.kind(layer.kind).apply(
-            layer.weight.new_zeros(1, layer.in_features), layer.frozen(), layer.params()
-        )  # type: ignore[operator]
+        base = layer.frozen()
+        y = adapters.kind(layer.kind).apply(base.weight.new_zeros(1, layer.in_features), base, layer.params())
         tensors = [p for p in layer.adapter.values() if p.requires_grad]
         read = torch.autograd.grad(y.sum(), tensors, allow_unused=True) if y.requires_grad else [None] * len(tensors)
     for parameter, gradient in zip(tensors, read, strict=True):

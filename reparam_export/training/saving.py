@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from reparam_export.affine import Affine, map_tensors
-from reparam_export.assembly import opened
+from reparam_export.affine import Affine, map_tensors, tensors_of
+from reparam_export.assembly import base_of, opened, place
 from reparam_export.checkpoints import NATIVE, Checkpoint, read
 from reparam_export.checkpoints.native import BASES, to_plain
-from reparam_export.errors import UsageError
+from reparam_export.errors import CheckpointError, MissingSettingError, UsageError
 from reparam_export.files import PICKLES, replace_file
 from reparam_export.fit import check_shapes, touched_module
-from reparam_export.models import split_argument
+from reparam_export.models import outputs_of_call, samples, split_argument
 from reparam_export.training.attach import Attached, attached_layer, attached_of, plain_map, put
 from reparam_export.training.frozen import base_digests, trained_tensors
 
+ROUNDINGS = 256  # in which two computations of the same model may differ
 T = TypeVar("T")
 
 
@@ -35,7 +36,8 @@ def save(model: nn.Module, path: str | Path, *, base: str | None, base_state: bo
     ``replaced`` are running statistics and all else that was trained, frozen by now or not. Wrappers (torch.compile, DataParallel)
     are taken off.
     Of a supernet without a fixed candidate, all paths are saved; ``--config checkpoint-N.pth.tar`` then chooses.
-    Raises UsageError for a model without adapters, a base or an ending that cannot be read back.
+    Raises UsageError for a model without adapters, a base or an ending that cannot be read back, and for a timm base that is
+    another model than this one (the file is written then, too).
     """
     path, model = Path(path), unwrapped(model)
     attached = dict(attached_of(model))
@@ -69,6 +71,39 @@ def save(model: nn.Module, path: str | Path, *, base: str | None, base_state: bo
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda unfinished: torch.save(content, unfinished))
+    if with_base and base is not None:
+        check_saved(path, getattr(model, "_orig_mod", model))
+
+
+@torch.no_grad()
+def check_saved(path: Path, model: nn.Module) -> None:
+    """Does what was saved answer as the model in hand? A spec can leave out what no tensor tells, such as the number of heads.
+
+    A supernet without a path has no answers, and one that diverged none that could be compared; reading the file says so.
+    Raises UsageError; the file stays, since another base can be given with it.
+    """
+    try:
+        checkpoint = read(path)
+    except (MissingSettingError, CheckpointError):
+        return
+    modes = {module: module.training for module in model.modules()}
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    signature = base_of(checkpoint).build()[1]
+    given = tuple(t.to(like.device, like.dtype) for t in samples(signature, 2, seed=0).values())
+    again = attached_model(checkpoint).to(like.device, like.dtype)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # what is compiled need not be compiled again for this
+            found, expected = (outputs_of_call(m, signature, given) for m in (again, model.eval()))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    for one, other in zip(found, expected, strict=True):
+        gap, size = float((one - other).abs().max()), float(other.abs().max())
+        if gap > ROUNDINGS * torch.finfo(other.dtype).eps * size:
+            raise UsageError(
+                f"{path}: written, but its base {checkpoint.base!r} with these adapters is not the model in hand: on the same images "
+                f"their outputs differ by {gap:.2g} of {size:.2g}; name in the spec what the model was made with, and save it again"
+            )
 
 
 def load(
@@ -84,8 +119,15 @@ def load(
 
 
 def attached_model(checkpoint: Checkpoint, made: type[Attached] = Attached) -> nn.Module:
-    """A checkpoint as a model with live adapters. Raises UsageError for one on part of a layer, or in a stack."""
+    """A checkpoint as a model with live adapters, all in the widest dtype that is there.
+
+    Raises UsageError for an adapter on part of a layer, or in a stack.
+    """
     model, _, checkpoint = opened(checkpoint)
+    place(model, checkpoint.replaced)
+    tensors = [*model.parameters(), *(t for a in checkpoint.adapters for t in tensors_of(a.params).values())]
+    widest = reduce(torch.promote_types, {t.dtype for t in tensors if t.is_floating_point()})
+    model.to(widest)
     layers: dict[str, Attached] = {}
     for adapter in checkpoint.adapters:
         whole = adapter.rows is None and adapter.parameter is None and adapter.weight == 1
@@ -94,7 +136,7 @@ def attached_model(checkpoint: Checkpoint, made: type[Attached] = Attached) -> n
                 f"{adapter.site}: an adapter on part of a layer, or on top of another one, cannot be attached; fuse it first"
             )
         check_shapes(adapter.site, plain_map(touched_module(model, adapter.module), adapter.module), adapter)
-        params = map_tensors(adapter.params, torch.clone)
+        params = map_tensors(adapter.params, lambda t: t.clone().to(widest) if t.is_floating_point() else t.clone())
         layers[adapter.module] = attached_layer(model, adapter.module, adapter.kind, partial(_same, params), made=made)
     put(model, layers, brought=checkpoint.replaced)
     _thaw(model, checkpoint.replaced)

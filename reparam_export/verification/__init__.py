@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reparam_export.assembly import adapted, base_of, fused, opened
+from reparam_export.assembly import adapted, base_of, fused, opened, place
 from reparam_export.checkpoints import Adapter, Checkpoint, by_site, components
 from reparam_export.errors import EquivalenceError
 from reparam_export.fit import touched_module
@@ -63,7 +63,7 @@ class VerifiedModel:
     def unfused(self, dtype: torch.dtype) -> nn.Module:
         """The unfused adapted model in one dtype: what noise floors are measured on."""
         module, _, checkpoint = opened(self.checkpoint)
-        return adapted(module, checkpoint.adapters, dtype)
+        return adapted(place(module, checkpoint.replaced), checkpoint.adapters, dtype)
 
 
 def verify(
@@ -175,7 +175,8 @@ def prove_outputs(
     import torch
 
     def unfused(dtype: torch.dtype) -> nn.Module:
-        return adapted(copy.deepcopy(base), checkpoint.adapters, dtype)
+        whole = place(copy.deepcopy(base), checkpoint.replaced)  # as they were trained, not in the base's dtypes
+        return adapted(whole, checkpoint.adapters, dtype)
 
     dtype = storage_dtype(weights)
     reference_model = unfused(torch.float64)

@@ -99,6 +99,14 @@ def test_refuses_a_base_without_weights() -> None:
     assert (caught.value.setting, caught.value.option) == ("weights", "--base-weights")
 
 
+@pytest.mark.parametrize(
+    "keyword", ["checkpoint_path=side.pth", "pretrained_cfg_overlay={'url':'x'}", "cache_dir=/", "pretrained_cfg={}"]
+)
+def test_a_spec_cannot_make_timm_load_files_of_its_own(keyword: str) -> None:
+    with pytest.raises(UsageError, match="--base-weights"):
+        Base(f"{SPEC}&{keyword}", WEIGHTS).build()
+
+
 def test_refuses_weights_twice() -> None:
     with pytest.raises(UsageError):
         Base(f"{SPEC}&pretrained=true", WEIGHTS).build()

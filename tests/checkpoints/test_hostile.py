@@ -16,8 +16,9 @@ from conftest import CASES, own_model
 from safetensors.torch import load_file, save_file
 
 import reparam_export as rx
-from reparam_export.checkpoints import NATIVE, _peft_layers
+from reparam_export.checkpoints import NATIVE, Recipe, _peft_layers
 from reparam_export.errors import CheckpointError, FusionError, ReparamError, TensorMismatchError
+from reparam_export.inspection import inspect_checkpoint
 
 
 def peft_copy(tmp_path: Path, **config: Any) -> Path:
@@ -27,6 +28,25 @@ def peft_copy(tmp_path: Path, **config: Any) -> Path:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     return folder
+
+
+ODD = {
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "bool": lambda t: t.bool(),
+    "expanded": lambda t: torch.zeros(1).expand(10**6, 10**6),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("odd", ODD)
+def test_inspecting_refuses_tensors_that_are_none(tmp_path: Path, odd: str) -> None:
+    tensors = torch.load(CASES["hydra_vtab"].folder / "ckpt.pt", weights_only=True)
+    name = "blocks.1.mlp.hydra_mlp_par.down_proj.weight"
+    torch.save(tensors | {name: ODD[odd](tensors[name])}, tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError):
+        inspect_checkpoint(Recipe(str(tmp_path / "ckpt.pt")))
 
 
 @pytest.mark.parametrize("gone", ["layers.1.", "layers.0.self_attn.q_proj"])

@@ -19,6 +19,7 @@ import reparam_export as rx
 from reparam_export.checkpoints import read
 from reparam_export.errors import CheckpointError, EquivalenceError, FusionError, TensorMismatchError
 from reparam_export.folder import load_fused
+from reparam_export.fusion import narrowed
 from reparam_export.streaming import NotStreamableError, plan_of, rows, stream
 from reparam_export.verification.weights import half_ulp
 from streaming.models import HIDDEN, VOCAB, llama, lora, native
@@ -369,6 +370,28 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
     config = json.loads((part / "adapter_config.json").read_text())
     (part / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["k_proj", "down_proj"]}))
     refused(part, TensorMismatchError, "does not adapt it")
+
+
+def test_tensors_brought_whole_are_a_change_and_the_bases_own_are_none(tmp_path: Path) -> None:
+    base = llama(tmp_path / "base")
+    norm = {"model.norm.weight": torch.full((HIDDEN,), 1.5)}
+    torch.save(norm, tmp_path / "norm.pt")
+    found = fused_by_rows(tmp_path / "norm.pt", tmp_path / "out", "fp32", base=f"hf:{base}")
+    assert torch.equal(found["model.norm.weight"], norm["model.norm.weight"])
+    same_bytes(found, dict(rx.fuse(read(tmp_path / "norm.pt", f"hf:{base}"), "fp32").tensors))
+    own = {n: t.float() for n, t in load_file(base / "model.safetensors").items() if n in norm}
+    torch.save(own, tmp_path / "own.pt")
+    with pytest.raises(FusionError, match="changes nothing"):
+        fused_by_rows(tmp_path / "own.pt", tmp_path / "none", base=f"hf:{base}")
+
+
+def test_whole_tensors_are_rounded_once_to_the_storage_that_was_asked_for(tmp_path: Path) -> None:
+    base, fine = llama(tmp_path / "base"), torch.full((HIDDEN,), 1 + 2.0**-20)
+    path = native(tmp_path / "ckpt.pt", base, "lora", LAYERS, **{"model.norm.weight": fine})
+    assert torch.equal(fused_by_rows(path, tmp_path / "wide", "fp32")["model.norm.weight"], fine)
+    plan = plan_of(read(path, numpy=True))
+    assert narrowed(plan.checkpoint, plan.itemsize) == ["model.norm.weight"]
+    assert torch.equal(fused_by_rows(path, tmp_path / "narrow")["model.norm.weight"], fine.bfloat16())
 
 
 def test_biases_of_zeros_are_a_change_of_nothing(tmp_path: Path) -> None:

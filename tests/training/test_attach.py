@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import reparam_export as rx
 from reparam_export.errors import CheckpointError, SharedWeightError, TensorMismatchError, UsageError
+from reparam_export.fusion import narrowed
 from reparam_export.training import adapter_parameters, attach, load, save, trainable
 from reparam_export.training.attach import Attached, trainable_kinds
 from reparam_export.training.targets import matches
@@ -396,6 +397,67 @@ def bases(tmp_path: Path) -> tuple[str, Any]:
 
 
 IMAGE = ["image=batch,3,32,32:float32"]
+CENTRED = """
+import torch
+class Centred(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(6, 6)
+        self.register_buffer("center", torch.zeros(6))
+        self.register_buffer("codes", torch.zeros(6, dtype=torch.int64))
+    def forward(self, x):
+        if self.training:
+            self.center += 0.3 * (x.mean(0) - self.center)
+            self.codes += 1
+        return self.fc(x - self.center) + self.codes
+def base():
+    torch.manual_seed(0)
+    return Centred()
+"""
+
+
+def test_buffers_that_training_moved_are_saved(tmp_path: Path) -> None:
+    found: dict[str, Any] = {}
+    (tmp_path / "centred.py").write_text(CENTRED)
+    exec(CENTRED, found)
+    x = 1 + torch.randn(5, 6)
+    model = trained(attach(found["base"](), "lora", "fc", rank=2).train(), x).eval()
+    save(model, tmp_path / "ckpt.pt", base=None)
+    spec, inputs = f"py:{tmp_path / 'centred.py'}:base", ["x=batch,6:float32"]
+    checkpoint = rx.read(tmp_path / "ckpt.pt", spec, inputs=inputs)
+    assert set(checkpoint.replaced) == {"center", "codes"}
+    verified = rx.verify(checkpoint, rx.fuse(checkpoint), {"x": x})
+    torch.testing.assert_close(verified.module()(x), model(x))
+    assert torch.equal(load(tmp_path / "ckpt.pt", spec, inputs=inputs)(x), model(x))
+
+
+def test_whole_tensors_keep_the_numbers_they_were_trained_to(tmp_path: Path, bases: tuple[str, Any]) -> None:
+    spec, make = bases
+    model = perturbed(attach(make().half().float(), "lora", TARGETS, rank=2, train=["norm", "head"])).eval()
+    save(model, tmp_path / "ckpt.pt", base=None)
+    checkpoint = rx.read(tmp_path / "ckpt.pt", f"{spec}half", inputs=IMAGE)
+    wide = rx.fuse(checkpoint, "fp32")
+    assert all(
+        torch.equal(wide[name], checkpoint.replaced[name]) for name in ("norm.weight", "head.weight", "head.bias")
+    )
+    verified = rx.verify(checkpoint, wide, {"image": IMAGES})
+    torch.testing.assert_close(verified.module()(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
+    narrow = rx.fuse(checkpoint)
+    assert torch.equal(narrow["norm.weight"], checkpoint.replaced["norm.weight"].half())
+    assert rx.verify(checkpoint, narrow, {"image": IMAGES}).certificate.verdict == "exact"
+    assert len(narrowed(checkpoint, lambda name: narrow[name].dtype.itemsize)) == len(checkpoint.replaced) == 4
+    assert not narrowed(checkpoint, lambda name: wide[name].dtype.itemsize)
+    again = load(tmp_path / "ckpt.pt", f"{spec}half", inputs=IMAGE)
+    assert torch.equal(again(IMAGES), model(IMAGES))
+
+
+def test_a_spec_that_leaves_out_what_no_tensor_tells_is_noticed(vit: nn.Module, tmp_path: Path) -> None:
+    model = perturbed(attach(vit, "lora", TARGETS, rank=2)).train()
+    with pytest.raises(UsageError, match="not the model in hand"):
+        save(model, tmp_path / "ckpt.pt", base=SPEC.replace("num_heads=3", "num_heads=6"))
+    assert (tmp_path / "ckpt.pt").is_file()  # hours of training are not lost
+    assert all(module.training for module in model.modules())
+    save(model, tmp_path / "ckpt.pt", base=SPEC)
 
 
 def test_another_base_than_the_one_it_was_trained_on_is_refused(bases: tuple[str, Any], tmp_path: Path) -> None:
