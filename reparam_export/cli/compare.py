@@ -13,7 +13,7 @@ from reparam_export.cli._stages import console_of
 from reparam_export.errors import EquivalenceError, UsageError
 
 if TYPE_CHECKING:
-    from reparam_export.comparison import Comparison
+    from reparam_export.comparison import Comparison, OutputChange
     from reparam_export.console import Console
 
 PARTS = ("weights", "outputs", "graph", "latency")
@@ -70,11 +70,7 @@ def _show(console: Console, found: Comparison) -> None:
     if len(found.weights) > SHOWN:
         console.line(f"and {len(found.weights) - SHOWN} more; --json has all of them")
     for output in found.outputs:
-        same = "" if output.agree is None else f", same class for {output.agree:.2%}"
-        console.line(
-            f"output {output.output}: differs by {output.largest:.3g} at most, of {output.magnitude:.3g}{same} "
-            f"({output.samples} samples)"
-        )
+        console.line(f"output {output.output}: {_said(output)}")
     if found.nodes:
         said = "; ".join(found.graph[:5]) or "the same program"
         console.line(f"graph: {found.nodes[0]} against {found.nodes[1]} nodes: {said}")
@@ -82,6 +78,15 @@ def _show(console: Console, found: Comparison) -> None:
         console.line(f"note: {note}")
     if found.latency:
         show(console, found.latency)
+
+
+def _said(output: OutputChange) -> str:
+    if output.largest is None and output.a and output.b:
+        return f"{output.a} in A, {output.b} in B"
+    if output.largest is None:
+        return f"only in A ({output.a})" if output.a else f"only in B ({output.b})"
+    same = "" if output.agree is None else f", same class for {output.agree:.2%}"
+    return f"differs by {output.largest:.3g} at most, of {output.magnitude:.3g}{same} ({output.samples} samples)"
 
 
 def _gate(found: Comparison, fail_on: tuple[str, ...]) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
+TEXT = "OSU"  # numpy's kinds of arrays of strings, which have no differences
+
 
 @dataclass(frozen=True)
 class TensorChange:
@@ -41,13 +43,19 @@ class TensorChange:
 
 @dataclass(frozen=True)
 class OutputChange:
-    """One output on the same inputs. ``largest``: max |b - a|; ``agree``: share of samples with the same argmax."""
+    """One output on the same inputs. ``a`` and ``b``: shape and dtype, "" on a side that does not have it.
+
+    ``largest``: max |b - a|, None where that cannot be said: one side has no such output, or one of another shape.
+    ``magnitude``: max |a|, or max |b| where only B has it. ``agree``: share of samples with the same argmax.
+    """
 
     output: str
     samples: int
     magnitude: float
-    largest: float
+    largest: float | None
     agree: float | None
+    a: str
+    b: str
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class Comparison:
         """For every part that was compared: is anything different? Latency: does B cost more than A?"""
         found = {"weights": bool(self.weights)} if self.tensors else {}
         if self.outputs:
-            found["outputs"] = any(o.largest != 0 for o in self.outputs)
+            found["outputs"] = any(o.largest != 0 for o in self.outputs)  # None and NaN are changes too
         if self.nodes:
             found["graph"] = bool(self.graph)
         if self.latency:
@@ -149,6 +157,9 @@ def _change(name: str, a: Array, b: Array | None) -> TensorChange | None:
         return TensorChange(name, _kind(a), "")
     if a.shape != b.shape:
         return TensorChange(name, _kind(a), _kind(b))
+    if a.dtype.kind in TEXT or b.dtype.kind in TEXT:
+        entries = int((a.astype(object) != b.astype(object)).sum())
+        return TensorChange(name, _kind(a), _kind(b), entries, entries / a.size) if entries else None
     x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
     differ = ~((x == y) | (np.isnan(x) & np.isnan(y)))
     entries = int(differ.sum())
@@ -167,26 +178,36 @@ def _kind(array: Array) -> str:
 def _outputs(
     left: Side, right: Side, samples: Mapping[str, Array], notes: list[str], *, engines: bool
 ) -> tuple[OutputChange, ...]:
-    """Both on the same samples; an output that only one of them has is a note."""
-    import numpy as np
-
+    """Every output that either of them has, both on the same samples; none, and a note, where their inputs differ."""
     for one in (left, right):
         names = {name for name, _, _ in inputs_of(one.onnx)} if one.onnx else set(samples)
         if names != set(samples):
             notes.append(f"outputs: {one.path} takes {', '.join(sorted(names))}; the samples are {', '.join(samples)}")
             return ()
     of_a, of_b = (answers(one, samples, engine=engines) for one in (left, right))
-    notes += [f"output {name}: only on one side" for name in sorted(set(of_a) ^ set(of_b))]
-    found = []
-    for name in (n for n in of_a if n in of_b):
-        x, y = of_a[name].astype(np.float64), of_b[name].astype(np.float64)
-        if x.shape != y.shape:
-            notes.append(f"output {name}: shape {x.shape} against {y.shape}")
-            continue
-        classes = x.ndim >= 2 and x.shape[-1] > 1
-        agree = float((x.argmax(-1) == y.argmax(-1)).mean()) if classes else None
-        found.append(OutputChange(name, len(x), float(np.abs(x).max()), float(np.abs(y - x).max()), agree))
-    return tuple(found)
+    return tuple(_output(name, of_a.get(name), of_b.get(name)) for name in dict.fromkeys((*of_a, *of_b)))
+
+
+def _output(name: str, a: Array | None, b: Array | None) -> OutputChange:
+    """One of the two may be missing."""
+    import numpy as np
+
+    there = a if a is not None else b
+    assert there is not None
+    samples, magnitude = len(np.atleast_1d(there)), _largest(there.astype(np.float64))
+    kinds = ["" if array is None else _kind(array) for array in (a, b)]
+    if a is None or b is None or a.shape != b.shape:
+        return OutputChange(name, samples, magnitude, None, None, *kinds)
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    classes = x.ndim >= 2 and x.shape[-1] > 1
+    agree = float((x.argmax(-1) == y.argmax(-1)).mean()) if classes else None
+    return OutputChange(name, samples, magnitude, _largest(y - x), agree, *kinds)
+
+
+def _largest(array: Array) -> float:
+    import numpy as np
+
+    return float(np.abs(array).max(initial=0.0))
 
 
 def _latency(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from reparam_export.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx_ir as ir
 
     Array = np.ndarray[Any, Any]
 
@@ -126,8 +129,36 @@ def _of_safetensors(paths: Sequence[Path]) -> Iterator[tuple[str, Array]]:
 
 
 def _of_onnx(path: Path) -> Iterator[tuple[str, Array]]:
-    import onnx_ir as ir
+    """Initializers by name, those of subgraphs with where they stand before it (``if_node/then_branch/w2``).
 
-    for name, value in ir.load(path).graph.initializers.items():
+    A local function cannot hold initializers, so its constants are its weights (``domain/function/w``); anywhere else a
+    constant is part of the program. A name that is there twice, as two nodes of one name make it, is numbered.
+    """
+    from reparam_export.exporters._differences import loaded
+
+    model = loaded(path)
+    seen: Counter[str] = Counter()
+    held = [_held(model.graph, "", constants=False)]
+    for function in model.functions.values():
+        where = "/".join(part for part in function.identifier() if part)
+        held.append(_held(function.graph, f"{where}/", constants=True))
+    for name, tensor in itertools.chain.from_iterable(held):
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name} ({seen[name]})", tensor.numpy()
+
+
+def _held(graph: ir.Graph, where: str, *, constants: bool) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """The tensors of a graph and its subgraphs by place and name, those of Constant nodes too if told so."""
+    from onnx_ir.convenience import get_const_tensor
+
+    from reparam_export.exporters._differences import subgraphs
+
+    for name, value in graph.initializers.items():
         if value.const_value is not None:
-            yield str(name), value.const_value.numpy()
+            yield f"{where}{name}", value.const_value
+    for number, node in enumerate(graph):
+        tensor = get_const_tensor(node.outputs[0]) if constants and node.op_type == "Constant" else None
+        if tensor is not None:
+            yield f"{where}{node.outputs[0].name}", tensor
+        for name, subgraph in subgraphs(node):
+            yield from _held(subgraph, f"{where}{node.name or f'{node.op_type}_{number}'}/{name}/", constants=constants)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from reparam_export.assembly import fused, opened
 from reparam_export.errors import CheckpointError, ExportError, FusionError
 from reparam_export.exporters import Options, lower, write_fp32
+from reparam_export.exporters._differences import functions_of, loaded
 from reparam_export.exporters.onnx import differences
 from reparam_export.files import exported_sha256, read_json
 from reparam_export.folder import ARTIFACTS
@@ -25,9 +26,11 @@ from reparam_export.latency.unfused import recomputes, unfused
 from reparam_export.verification.graph import multiply_adds, parameters, stored_bytes
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from torch import nn
 
     from reparam_export.checkpoints import Checkpoint
+    from reparam_export.exporters._differences import Operator
     from reparam_export.fusion import FusedWeights
     from reparam_export.latency.engines import Engines
     from reparam_export.verification import VerifiedModel
@@ -142,16 +145,47 @@ def _multiply_adds(module: nn.Module, model: VerifiedModel) -> int:
 
 
 def file_facts(file: Path) -> tuple[int, dict[str, int], int, int]:
-    """Nodes, operators by type, initializers and bytes (external data included) of an ONNX file. Raises ExportError."""
-    import onnx
+    """Nodes, operators by type, initializers and bytes (external data included) of an ONNX file. Raises ExportError.
 
+    Nodes are those that a runtime is given to run: a call of a local function counts as the nodes of the function's body, at
+    every call, and not as one itself; an If, a Loop or a Scan counts as itself and every node of its subgraphs once.
+    Initializers are those of the graph, of all subgraphs and of the functions' subgraphs.
+    """
+    model = loaded(file)
     try:
-        graph = onnx.load(str(file), load_external_data=False).graph
-    except Exception as error:  # protobuf's own types
-        raise ExportError(f"{file}: cannot be read as ONNX ({type(error).__name__}: {error})") from error
-    operators = Counter(node.op_type for node in graph.node)
+        operators = _operators(model.graph, functions_of(model), {})
+    except RecursionError as error:
+        raise ExportError(f"{file}: is not ONNX: {error}") from error
+    graphs = [*model.graphs(), *(graph for f in model.functions.values() for graph in f.subgraphs())]
     size = sum(f.stat().st_size for f in file.parent.glob(f"{file.name}*"))
-    return len(graph.node), dict(sorted(operators.items())), len(graph.initializer), size
+    return operators.total(), dict(sorted(operators.items())), sum(len(g.initializers) for g in graphs), size
+
+
+def _operators(
+    body: ir.Graph | ir.Function,
+    functions: Mapping[Operator, ir.Function],
+    known: dict[Operator, Counter[str] | None],
+) -> Counter[str]:
+    """How often each operator stands in a graph, functions put in place of their calls. ``known``: functions counted so far.
+
+    Raises RecursionError for a function that calls itself, which ONNX does not allow.
+    """
+    from onnx_ir.traversal import RecursiveGraphIterator
+
+    found: Counter[str] = Counter()
+    for node in RecursiveGraphIterator(body):
+        called = node.op_identifier()
+        if called not in functions:
+            found[node.op_type] += 1
+            continue
+        if called not in known:
+            known[called] = None  # until it is counted
+            known[called] = _operators(functions[called], functions, known)
+        inside = known[called]
+        if inside is None:
+            raise RecursionError(f"local function {node.op_type!r} calls itself")
+        found += inside
+    return found
 
 
 def _notes(model: VerifiedModel, precision: str) -> list[str]:
