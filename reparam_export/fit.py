@@ -124,7 +124,7 @@ def digest_of(tensor: Tensor, dtype: str | None = None) -> Digest:
     import torch
 
     cast = tensor if dtype is None else tensor.to(getattr(torch, dtype))
-    return str(cast.dtype).removeprefix("torch."), content_digest(cast.cpu()).hex()
+    return str(cast.dtype).removeprefix("torch."), content_digest(cast).hex()
 
 
 def _differs(tensor: Tensor | None, expected: Digest) -> bool:

@@ -67,11 +67,11 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def content_digest(tensor: Tensor) -> bytes:
-    """blake3 of the bytes of a tensor on the CPU."""
+    """blake3 of the bytes of a tensor."""
     import torch
     from blake3 import blake3
 
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return blake3(max_threads=blake3.AUTO).update(raw.data).digest()
 
 

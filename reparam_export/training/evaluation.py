@@ -7,7 +7,8 @@ faster that is than running the supernet on the candidate's paths.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 
 from reparam_export.adapters import glora
 from reparam_export.affine import Affine
+from reparam_export.errors import UsageError
 from reparam_export.layouts import matrix, stored
-from reparam_export.state import digest
+from reparam_export.state import content_digest, digest_of
 from reparam_export.training.space import Candidate
 from reparam_export.training.supernet import Sampled, Supernet
 
 Measure = Callable[[nn.Module], float]  # a model in eval mode -> how good it is, more is better
+PLAIN = (int, float, complex, str, bytes, type(None))  # values that their ``repr`` tells apart
 
 
 def accuracy(batches: Iterable[tuple[Any, Tensor]]) -> Measure:
@@ -35,8 +38,8 @@ class _Accuracy:
 
     @property
     def identity(self) -> str:
-        held = {f"{n}.{k}": t for n, batch in enumerate(self.batches) for k, t in enumerate(batch)}
-        return digest({name: t for name, t in held.items() if isinstance(t, Tensor)})
+        """Of the data, however the inputs hold it. Raises UsageError for data whose content is not known."""
+        return _identity({f"{n}.{k}": part for n, batch in enumerate(self.batches) for k, part in enumerate(batch)})
 
     def __call__(self, model: nn.Module) -> float:
         right = total = 0
@@ -71,7 +74,7 @@ class Fused:
     def __init__(self, net: Supernet, measure: Measure) -> None:
         self.measure, self.space = measure, net.space
         self.model = copy.deepcopy(net.model).eval().requires_grad_(False)
-        self.model._forward_pre_hooks.clear()  # no path is drawn any more
+        _stop_drawing(self.model)
         self.sources = [_Source(self.model.get_submodule(name)) for name in net.space.layers]
         self.layers = []
         for name, source in zip(net.space.layers, self.sources, strict=True):
@@ -82,11 +85,15 @@ class Fused:
 
     @property
     def identity(self) -> str:
-        """Of the weights and the data: a search folder of another supernet is not taken for this one's."""
-        tensors = {name: t for name, t in self.model.state_dict().items() if not name.startswith(self.space.layers)}
+        """Of the weights and the data: a search folder of another supernet is not taken for this one's.
+
+        Raises UsageError for data, or a state of a module, whose content is not known.
+        """
+        folded = tuple(f"{name}." for name in self.space.layers)  # with the dot: ``fc_head.weight`` is not of ``fc``
+        held = {name: t for name, t in self.model.state_dict().items() if not name.startswith(folded)}
         for name, source in zip(self.space.layers, self.sources, strict=True):
-            tensors |= {f"{name}.{key}": tensor for key, tensor in source.layer.state_dict().items()}
-        return digest(tensors) + str(getattr(self.measure, "identity", ""))
+            held |= {f"{name}.{key}": tensor for key, tensor in source.layer.state_dict().items()}
+        return _identity(held) + str(getattr(self.measure, "identity", ""))
 
     def __call__(self, candidate: Candidate) -> float:
         self.space.check(candidate)
@@ -116,3 +123,34 @@ class _Source:
         fused = glora.fuse(self.base, replace(self.params, path=path))
         plain.weight.copy_(stored(fused.weight, self.layer.layout, plain.weight.shape))  # type: ignore[arg-type]
         plain.bias.zero_() if fused.bias is None else plain.bias.copy_(fused.bias)
+
+
+def _stop_drawing(model: nn.Module) -> None:
+    """Take the supernet's own hook off a copy of its model; the other hooks are part of the function and stay."""
+    hooks = model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "__func__", None) is Supernet._before]:
+        del hooks[key]
+
+
+def _identity(held: Mapping[str, Any]) -> str:
+    """sha256 over all that is held, by name. Raises UsageError."""
+    return digest_of(leaf for name, value in held.items() for leaf in _leaves(name, value))
+
+
+def _leaves(name: str, held: Any) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:
+    """Tensors and plain values, as ``digest_of`` takes them, and the containers: an empty one counts too. Raises UsageError."""
+    kind = type(held).__name__
+    if isinstance(held, Tensor):
+        yield name, str(held.dtype), tuple(held.shape), content_digest(held)
+    elif isinstance(held, PLAIN):
+        yield name, kind, (), hashlib.sha256(repr(held).encode()).digest()
+    elif isinstance(held, Mapping | list | tuple):
+        yield name, kind, (len(held),), b""
+        for key, value in held.items() if isinstance(held, Mapping) else enumerate(held):
+            yield from _leaves(f"{name}[{key!r}]", value)
+    else:
+        raise UsageError(
+            f"{name} (batch.part of the data, or a state of the model) is a {kind}, so a search folder cannot tell whether it is "
+            "the same when it goes on; expected tensors, numbers and strings, also in lists, tuples and mappings; "
+            "convert it, or search without a folder"
+        )

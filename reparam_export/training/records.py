@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -26,6 +27,8 @@ KEPT = 50  # best candidates in a checkpoint, besides the ``select`` best that b
 JOURNAL = "evaluations.jsonl"
 CHECKPOINT = re.compile(r"checkpoint-(\d{1,9})\.pth\.tar")
 KEYS = ("top_accuracies", "memory", "candidates", "vis_dict", "keep_top_k", "epoch")
+# what Python, and ``from_dicts``, raise for a value of another kind or size than a search writes
+DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, UsageError)
 
 
 @dataclass
@@ -79,34 +82,19 @@ def write_checkpoint(folder: Path, state: State, select: int) -> Path:
 def read_checkpoint(path: Path, space: Space, seed: int) -> State:
     """The state in a checkpoint of the authors' code or ours; theirs has no random numbers, which then start from the seed.
 
-    Raises CheckpointError for a file of another layout, UsageError for candidates that are not in the space.
+    Raises CheckpointError for a file of another layout or with damaged values, UsageError for candidates that are not in the space.
     """
     content = load_pickle(path)
     if not isinstance(content, Mapping) or not set(KEYS) <= set(content):
         raise CheckpointError(f"{path}: expected an evolution checkpoint with {', '.join(KEYS)}")
     try:
-        top = max(content["keep_top_k"].values(), key=len)
-        state = State(
-            draw=random.Random(seed + int(content["epoch"])),
-            epoch=int(content["epoch"]),
-            candidates=[from_dicts(c) for c in content["candidates"]],
-            top=[from_dicts(c) for c in top],
-            memory=[[from_dicts(c) for c in population] for population in content["memory"]],
-            top_accuracies=[list(map(float, accuracies)) for accuracies in content["top_accuracies"]],
-        )
-        seen = [*state.candidates, *state.top, *(c for population in state.memory for c in population)]
-        for candidate in seen:
-            state.records[candidate] = _from_info(content["vis_dict"][str(to_dicts(candidate))])
-        state.drawn = {k: v for k, v in content["vis_dict"].items() if "visited" not in v}
-        state.top.sort(key=state.accuracy, reverse=True)
-        if any(state.records[c].accuracy is None for c in (*state.top, *state.candidates)):
-            raise ValueError("a candidate of its population was never evaluated")
-        if "random" in content:
-            version, numbers, following = content["random"]
-            state.draw.setstate((version, tuple(numbers), following))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not an evolution checkpoint as ViT-Slim writes it: {error!r}") from error
-    for candidate in seen:
+        state = _to_state(content, seed)
+        _check_complete(state)
+    except DAMAGE as error:
+        raise CheckpointError(
+            f"{path}: not an evolution checkpoint as ViT-Slim writes it: {error!r}; go on from an earlier one, or fetch it again"
+        ) from error
+    for candidate in state.records:
         space.check(candidate)
     return state
 
@@ -129,11 +117,11 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / JOURNAL
         header = json.dumps({"search": hashlib.sha256(json.dumps(identity).encode()).hexdigest(), **identity})
-        if path.is_file():
-            whole = self._read(path, header)
-            os.truncate(path, whole)  # a line that a kill tore
-        elif latest(folder) is not None:
+        whole = self._read(path, header) if path.is_file() else 0
+        if not whole and latest(folder) is not None:  # a checkpoint comes after the first line
             raise UsageError(f"{folder}: holds checkpoints of another search; pass one as start=, and another folder")
+        if path.is_file():
+            os.truncate(path, whole)  # a line that a kill tore
         self._file = path.open("a", encoding="utf-8")
         if self._file.tell() == 0:
             self._line(header)
@@ -160,21 +148,58 @@ class Journal:
     def _read(self, path: Path, header: str) -> int:
         """Read what is known; the number of bytes up to the last whole line."""
         whole = 0
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True)):
-            if not line.endswith(b"\n"):
-                break
-            if number == 0 and line.decode().rstrip("\n") != header:
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last end of a line is torn
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = line.decode()
+                if number > 1:
+                    accuracy, dicts = json.loads(text)
+                    self.known[from_dicts(dicts)] = _finite(accuracy)
+            except DAMAGE as error:
+                raise CheckpointError(
+                    f"{path}: line {number} is damaged: {error}; restore the file, or use another folder"
+                ) from error
+            if number == 1 and text != header:
                 raise UsageError(
                     f"{path.parent}: holds another search (other layers, choices, settings, start, weights or data); use another folder"
                 )
-            try:
-                if number:
-                    accuracy, dicts = json.loads(line)
-                    self.known[from_dicts(dicts)] = float(accuracy)
-            except (ValueError, TypeError, UsageError) as error:
-                raise CheckpointError(f"{path}: line {number + 1} is damaged: {error}") from error
-            whole += len(line)
+            whole += len(line) + 1
         return whole
+
+
+def _to_state(content: Mapping[str, Any], seed: int) -> State:
+    """The state in the content of a checkpoint. Raises any of DAMAGE."""
+    epoch = content["epoch"]
+    if type(epoch) is not int or epoch < 0:  # the search counts up from it
+        raise ValueError(f"epoch {epoch!r}: expected a whole number of at least 0")
+    top = max(content["keep_top_k"].values(), key=len)
+    state = State(
+        draw=random.Random(seed + epoch),
+        epoch=epoch,
+        candidates=[from_dicts(c) for c in content["candidates"]],
+        top=[from_dicts(c) for c in top],
+        memory=[[from_dicts(c) for c in population] for population in content["memory"]],
+        top_accuracies=[list(map(_finite, accuracies)) for accuracies in content["top_accuracies"]],
+    )
+    for candidate in (*state.candidates, *state.top, *(c for population in state.memory for c in population)):
+        state.records[candidate] = _from_info(content["vis_dict"][str(to_dicts(candidate))])
+    state.drawn = {k: v for k, v in content["vis_dict"].items() if "visited" not in v}
+    if any(state.records[c].accuracy is None for c in (*state.top, *state.candidates)):
+        raise ValueError("a candidate of its population was never evaluated")
+    state.top.sort(key=state.accuracy, reverse=True)
+    if "random" in content:
+        version, numbers, following = content["random"]
+        state.draw.setstate((version, tuple(numbers), following))
+    return state
+
+
+def _check_complete(state: State) -> None:
+    """Raises ValueError unless each epoch left a population and accuracies, and the epochs together a best candidate."""
+    for name, length in (("memory", len(state.memory)), ("top_accuracies", len(state.top_accuracies))):
+        if length != state.epoch:
+            raise ValueError(f"{name} of {length} epochs: expected {state.epoch}, as epoch says")
+    if not all(state.top_accuracies) or (state.epoch and not state.top):
+        raise ValueError("top_accuracies or keep_top_k is empty: expected the best candidates of every epoch")
 
 
 def _to_info(record: Record) -> dict[str, Any]:
@@ -183,10 +208,15 @@ def _to_info(record: Record) -> dict[str, Any]:
 
 
 def _from_info(info: Mapping[str, Any]) -> Record:
-    accuracy = float(info["acc"]) if "acc" in info else None
-    if accuracy is not None and accuracy != accuracy:
-        raise ValueError("an accuracy is not a number")
+    accuracy = _finite(info["acc"]) if "acc" in info else None
     return Record(round(float(info["params"]) * 10**6), accuracy, accuracy is not None)
+
+
+def _finite(accuracy: Any) -> float:
+    """Raises ValueError for infinity and for what is not a number, TypeError and OverflowError for what cannot be one."""
+    if not math.isfinite(accuracy):
+        raise ValueError(f"the accuracy {accuracy}: expected a finite number")
+    return float(accuracy)
 
 
 def _plain_state(draw: random.Random) -> list[Any]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from reparam_export.errors import UsageError
 from reparam_export.files import sha256
@@ -83,23 +84,18 @@ def search(
     """Find the best candidate of the space. The same seed gives the same result, whatever the number of workers.
 
     evaluate: how good a candidate is, more is better. folder: where checkpoints and evaluations go; a search that was begun
-    there goes on, also to more epochs; one of other layers, settings or (of ``Fused``) other weights is refused.
+    there goes on, also to more epochs; one of other layers, settings or (of ``Fused``) other weights or data is refused.
     start: an evolution checkpoint, of the authors' code or ours, to go on from. workers: processes that evaluate; above 1,
     ``evaluate`` is sent to each, so a script needs ``if __name__ == "__main__"``.
     progress: called after each evaluation; None: a bar on a terminal.
-    Raises UsageError for a folder of another search, limits that no candidate meets and an evaluation that is no number;
-    CheckpointError for a damaged file.
+    Raises UsageError for a folder of another search, limits that no candidate meets, an evaluation that is no number and, with a
+    folder, data that cannot be told from other data; CheckpointError for a damaged file.
     """
     settings = settings or Search()
     place = None if folder is None else Path(folder)
-    identity = {
-        "layers": space.layers,
-        "shapes": space.shapes,
-        "choices": dict(space.choices),
-        "settings": asdict(settings) | {"epochs": None},
-        "start": None if start is None else sha256(Path(start)),
-        "evaluation": getattr(evaluate, "identity", None),
-    }
+    identity = (
+        {} if place is None else _identity(space, evaluate, settings, start)
+    )  # in memory it meets no other search
     with Journal(place, identity) as journal:
         found = (None if place is None else latest(place)) or (None if start is None else Path(start))
         seed = settings.seed
@@ -117,6 +113,18 @@ def search(
         history=tuple(max(accuracies) for accuracies in state.top_accuracies),
         checkpoint=None if place is None else latest(place),
     )
+
+
+def _identity(space: Space, evaluate: Evaluate, settings: Search, start: str | Path | None) -> dict[str, Any]:
+    """What makes a search this one. Raises what the identity of ``evaluate`` raises."""
+    return {
+        "layers": space.layers,
+        "shapes": space.shapes,
+        "choices": dict(space.choices),
+        "settings": asdict(settings) | {"epochs": None},
+        "start": None if start is None else sha256(Path(start)),
+        "evaluation": getattr(evaluate, "identity", None),
+    }
 
 
 @dataclass

@@ -115,6 +115,119 @@ def test_a_search_folder_is_not_taken_over_by_other_weights_or_data(net: Superne
         search(net.space, Fused(net, accuracy(batches)), settings, folder=tmp_path)
 
 
+class Alike(nn.Module):
+    """Names that start with the name of another layer, as ``blocks.1`` and ``blocks.10`` do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.fc_head = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc_head(self.fc(x))
+
+
+class Counted(Alike):
+    """With a state that is no tensor."""
+
+    state: Any = 1
+
+    def get_extra_state(self) -> Any:
+        return self.state
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state
+
+
+FEATURES, CLASSES = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+ONCE = Search(population=2, select=1, mutations=1, crossovers=0, epochs=1)
+
+
+def test_weights_of_a_layer_whose_name_starts_with_that_of_an_adapted_one_count(tmp_path: Path) -> None:
+    net = supernet(Alike().eval(), ["fc"], rank=2)
+    measure = accuracy([(FEATURES, CLASSES)])
+    search(net.space, Fused(net, measure), ONCE, folder=tmp_path)
+    with torch.no_grad():
+        net.model.get_submodule("fc_head").get_parameter("weight")[0, 0] += 1
+    with pytest.raises(UsageError, match="another search"):
+        search(net.space, Fused(net, measure), ONCE, folder=tmp_path)
+
+
+def test_a_state_that_is_no_tensor_counts_or_is_refused(tmp_path: Path) -> None:
+    model = Counted().eval()
+    net = supernet(model, ["fc"], rank=2)
+    measure = accuracy([(FEATURES, CLASSES)])
+    search(net.space, Fused(net, measure), ONCE, folder=tmp_path)
+    model.state = 2
+    with pytest.raises(UsageError, match="another search"):
+        search(net.space, Fused(net, measure), ONCE, folder=tmp_path)
+    model.state = Path("data")
+    with pytest.raises(UsageError, match="_extra_state"):
+        search(net.space, Fused(net, measure), ONCE, folder=tmp_path)
+
+
+DIFFERENT: dict[str, tuple[Any, Any]] = {  # inputs that a model tells apart
+    "a dict": ({"x": FEATURES}, {"x": FEATURES + 1}),
+    "a list": ([FEATURES], [FEATURES + 1]),
+    "a tuple in a dict": ({"x": (FEATURES, CLASSES)}, {"x": (FEATURES, CLASSES + 1)}),
+    "another key": ({"x": FEATURES}, {"y": FEATURES}),
+    "an exchange": ({"x": FEATURES, "y": -FEATURES}, {"x": -FEATURES, "y": FEATURES}),
+    "a number": ({"x": FEATURES, "scale": 1.0}, {"x": FEATURES, "scale": 2.0}),
+    "a string": ({"x": FEATURES, "task": "a"}, {"x": FEATURES, "task": "b"}),
+    "nothing": ({"x": FEATURES, "mask": None}, {"x": FEATURES}),
+    "an empty list": ({"x": FEATURES, "more": []}, {"x": FEATURES}),
+    "a list for a dict": ([FEATURES], {0: FEATURES}),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT.values(), ids=DIFFERENT)
+def test_the_identity_is_that_of_all_data_however_the_inputs_hold_it(one: Any, other: Any) -> None:
+    def identity(inputs: Any) -> str:
+        return str(getattr(accuracy([(inputs, CLASSES)]), "identity"))  # noqa: B009
+
+    assert identity(one) == identity(copy.deepcopy(one))
+    assert identity(one) != identity(other)
+
+
+def test_data_whose_content_is_not_known_is_refused_for_a_folder_only(tmp_path: Path) -> None:
+    class Mean(Alike):
+        def forward(self, x: Any) -> Tensor:
+            return super().forward(torch.as_tensor(x["x"]))
+
+    net = supernet(Mean().eval(), ["fc"], rank=2)
+    fused = Fused(net, accuracy([({"x": FEATURES.numpy()}, CLASSES)]))
+    assert search(net.space, fused, ONCE).evaluated == 2
+    with pytest.raises(UsageError, match=r"'x'.* ndarray"):
+        search(net.space, fused, ONCE, folder=tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def _doubled(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (2 * inputs[0],)
+
+
+def _raised(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return (inputs[0] + 1,), named
+
+
+def test_the_hooks_of_the_model_are_evaluated_too(net: Supernet) -> None:
+    net.model.register_forward_pre_hook(_doubled, prepend=True)
+    net.model.register_forward_pre_hook(_raised, with_kwargs=True)
+    net.model.register_forward_hook(lambda model, inputs, output: output.flip(-1))
+    outputs: list[Tensor] = []
+
+    def keep(model: nn.Module) -> float:
+        with torch.inference_mode():
+            outputs.append(model(IMAGES))
+        return 0.0
+
+    fused, candidate = Fused(net, keep), candidates(net)[0]
+    fused(candidate)
+    Unfused(net, keep)(candidate)
+    assert torch.allclose(*outputs, rtol=1e-4, atol=1e-4)
+    assert [*fused.model._forward_pre_hooks.values()] == [_doubled, _raised]  # without the one that draws paths
+    assert len(net.model._forward_pre_hooks) == 3
+
+
 def test_a_candidate_of_another_space_is_refused(net: Supernet) -> None:
     with pytest.raises(UsageError, match="layers"):
         Fused(net, accuracy([(IMAGES, torch.arange(96) % 3)]))(candidates(net)[0][1:])

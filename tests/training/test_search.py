@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -196,6 +199,15 @@ def test_a_finished_search_can_be_continued_to_more_epochs(tmp_path: Path) -> No
     assert same(search(DEEP, value, longer, folder=tmp_path), search(DEEP, value, longer))
 
 
+@pytest.mark.parametrize("left", [b"", b'{"search": "torn'], ids=["empty", "torn"])
+def test_a_checkpoint_beside_a_journal_that_says_nothing_is_refused(tmp_path: Path, left: bytes) -> None:
+    search(DEEP, value, QUICK, folder=tmp_path)
+    (tmp_path / JOURNAL).write_bytes(left)
+    with pytest.raises(UsageError, match="another search"):
+        search(DEEP, value, QUICK, folder=tmp_path)
+    assert (tmp_path / JOURNAL).read_bytes() == left
+
+
 def test_another_search_is_not_mixed_into_the_folder(tmp_path: Path) -> None:
     search(DEEP, value, QUICK, folder=tmp_path)
     with pytest.raises(UsageError, match="another search"):
@@ -211,6 +223,100 @@ def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
     path.write_text("".join([*lines[:3], "[0.5, 3]\n", *lines[3:]]))
     with pytest.raises(CheckpointError, match="line 4"):
         search(DEEP, value, Search(**{**vars(QUICK), "epochs": 9}), folder=tmp_path)
+
+
+FURTHER = Search(**{**vars(QUICK), "epochs": 9})  # more epochs, so that the search would go on
+
+
+def never(candidate: Candidate) -> float:
+    raise StoppedError("the search went on with a damaged file")
+
+
+LINES = {
+    "NaN": b"[NaN, %b]",
+    "infinity": b"[-Infinity, %b]",
+    "400 digits": b"[" + b"9" * 400 + b", %b]",
+    "a string": b'["0.5", %b]',
+    "no number": b"[null, %b]",
+    "deep": b"[" * 200_000,
+    "a return in between": b"[0.5,\r3",
+    "a list of choices": b'[0.5, [["A", "B", "C", "D", "E"]]]',
+}
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_a_line_of_the_journal_with_damaged_values_is_refused(tmp_path: Path, line: bytes) -> None:
+    search(DEEP, value, QUICK, folder=tmp_path)
+    path = tmp_path / JOURNAL
+    lines = path.read_bytes().splitlines(keepends=True)
+    damaged = line.replace(b"%b", json.dumps(json.loads(lines[5])[1]).encode())
+    path.write_bytes(b"".join([*lines[:5], damaged + b"\n", *lines[6:]]))
+    refused(tmp_path, path, "line 6")
+
+
+def test_a_journal_whose_first_line_is_not_text_is_refused(tmp_path: Path) -> None:
+    search(DEEP, value, QUICK, folder=tmp_path)
+    path = tmp_path / JOURNAL
+    for header in (b"\xff\xfe\n", b"\xff\r\xfe\n"):
+        path.write_bytes(header + b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
+        refused(tmp_path, path, "line 1")
+
+
+def refused(folder: Path, file: Path, place: str) -> None:
+    """With one error that names the file and the place in it, and without a change to the folder."""
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(CheckpointError) as caught:
+        search(DEEP, never, FURTHER, folder=folder)
+    assert str(file) in str(caught.value)
+    assert place in str(caught.value)
+    assert caught.value.exit_code == 3
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+
+
+DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "infinite accuracy": lambda c: _first(c).update(acc=math.inf),
+    "accuracy of 400 digits": lambda c: _first(c).update(acc=10**400),
+    "no accuracy of the best": lambda c: _first(c).pop("acc"),
+    "infinite params": lambda c: _first(c).update(params=math.inf),
+    "choices of no path": lambda c: c["memory"][0][0][0].pop("E"),
+    "negative epoch": lambda c: c.update(epoch=-(10**6)),
+    "infinite epoch": lambda c: c.update(epoch=math.inf),
+    "half an epoch": lambda c: c.update(epoch=4.5),
+    "epoch above": lambda c: c.update(epoch=5),
+    "epoch below": lambda c: c.update(epoch=3),
+    "short memory": lambda c: c["memory"].pop(),
+    "short top_accuracies": lambda c: c["top_accuracies"].pop(),
+    "empty top_accuracies": lambda c: c["top_accuracies"].__setitem__(0, []),
+    "top_accuracies of NaN": lambda c: c["top_accuracies"].__setitem__(0, [math.nan]),
+    "no best": lambda c: c.update(keep_top_k={50: []}),
+    "no random numbers": lambda c: c.update(random=[3, [2**70] * 625, None]),
+}
+
+
+def _first(content: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its best candidate."""
+    info: dict[str, Any] = content["vis_dict"][str(content["keep_top_k"][50][0])]
+    return info
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_checkpoint_with_damaged_values_is_refused(
+    tmp_path: Path, damage: Callable[[dict[str, Any]], object]
+) -> None:
+    path = search(DEEP, value, QUICK, folder=tmp_path).checkpoint
+    assert path is not None
+    content = torch.load(path, weights_only=True)
+    damage(content)
+    torch.save(content, path)
+    refused(tmp_path, path, "not an evolution checkpoint")
+
+
+def test_a_finished_search_with_an_empty_history_is_refused(tmp_path: Path) -> None:
+    path = search(DEEP, value, Search(**{**vars(QUICK), "epochs": 1}), folder=tmp_path).checkpoint
+    assert path is not None
+    torch.save(torch.load(path, weights_only=True) | {"top_accuracies": [[]]}, path)
+    with pytest.raises(CheckpointError, match="top_accuracies"):
+        search(DEEP, never, Search(**{**vars(QUICK), "epochs": 1}), folder=tmp_path)
 
 
 # --- the authors' layout ---------------------------------------------------------------------------------------------
