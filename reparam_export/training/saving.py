@@ -40,21 +40,37 @@ def save(model: nn.Module, path: str | Path, *, base: str | None, base_state: bo
     another model than this one (the file is written then, too).
     """
     path, model = Path(path), unwrapped(model)
-    attached = dict(attached_of(model))
-    if not attached:
+    _check_saveable(path, model, base)
+    with_base = _exists_nowhere_else(base) if base_state is None else base_state
+    content = _content(model, None if base is None else _from(path.parent, base), with_base=with_base)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda unfinished: torch.save(content, unfinished))
+    if with_base and base is not None and base.startswith("timm:"):
+        check_saved(path, getattr(model, "_orig_mod", model))
+
+
+def _check_saveable(path: Path, model: nn.Module, base: str | None) -> None:
+    """Raises UsageError, as ``save`` says."""
+    if not attached_of(model):
         raise UsageError(f"{path}: the model has no adapter to save; expected one that attach() was called on")
     if not path.name.endswith(PICKLES):
         raise UsageError(f"{path}: expected a name that ends in {', '.join(PICKLES)}; found {path.name!r}")
     if base is not None and not base.startswith(BASES):
         raise UsageError(f"base {base!r}: expected {', '.join(BASES)} or None; give any other when reading, as --base")
-    with_base = _exists_nowhere_else(base) if base_state is None else base_state
-    own = {f"{name}.adapter.{tensor}" for name, module in attached.items() for tensor in module.adapter}
-    _check_numbers(path, model)
+    empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if empty:
+        raise UsageError(f"{path}: {empty[0]} is on the device meta and has no numbers; load the weights before saving")
+
+
+def _content(model: nn.Module, base: str | None, *, with_base: bool) -> dict[str, Any]:
+    """What the file holds, as ``checkpoints/native.py`` describes it."""
+    attached = attached_of(model)
+    own = {f"{name}.adapter.{tensor}" for name, module in attached for tensor in module.adapter}
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items() if name not in own}
     replaced = {name: state[name] for name in trained_tensors(model) if name in state}
-    content = {
+    return {
         "format": NATIVE,
-        "base": None if base is None else _from(path.parent, base),
+        "base": base,
         "base_state": _plain({n: t for n, t in state.items() if n not in replaced}) if with_base else None,
         "base_digests": {} if with_base else _plain(base_digests(model, but=own | set(replaced))),
         "adapters": [
@@ -64,20 +80,16 @@ def save(model: nn.Module, path: str | Path, *, base: str | None, base_state: bo
                 "rows": None,
                 "params": to_plain(map_tensors(module.params(), Tensor.cpu)),
             }
-            for name, module in attached.items()
+            for name, module in attached
         ],
         "replaced": _plain(replaced),
         "notes": [],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda unfinished: torch.save(content, unfinished))
-    if with_base and base is not None:
-        check_saved(path, getattr(model, "_orig_mod", model))
 
 
 @torch.no_grad()
 def check_saved(path: Path, model: nn.Module) -> None:
-    """Does what was saved answer as the model in hand? A spec can leave out what no tensor tells, such as the number of heads.
+    """Does what was saved on a timm base answer as the model in hand? A spec can leave out what no tensor tells, as the heads.
 
     A supernet without a path has no answers, and one that diverged none that could be compared; reading the file says so.
     Raises UsageError; the file stays, since another base can be given with it.
@@ -89,11 +101,11 @@ def check_saved(path: Path, model: nn.Module) -> None:
     modes = {module: module.training for module in model.modules()}
     like = next(p for p in model.parameters() if p.is_floating_point())
     signature = base_of(checkpoint).build()[1]
-    given = tuple(t.to(like.device, like.dtype) for t in samples(signature, 2, seed=0).values())
+    images = tuple(t.to(like.device, like.dtype) for t in samples(signature, 2, seed=0).values())
     again = attached_model(checkpoint).to(like.device, like.dtype)
     try:
         with torch.compiler.set_stance("force_eager"):  # what is compiled need not be compiled again for this
-            found, expected = (outputs_of_call(m, signature, given) for m in (again, model.eval()))
+            found, expected = (outputs_of_call(m, signature, images) for m in (again, model.eval()))
     finally:
         for module, training in modes.items():
             module.training = training
@@ -168,12 +180,6 @@ def _plain(named: Mapping[str, T]) -> dict[str, T]:
 def _plain_name(name: str) -> str:
     """The name without the wrappers of ``torch.compile``."""
     return name.replace("_orig_mod.", "")
-
-
-def _check_numbers(path: Path, model: nn.Module) -> None:
-    empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if empty:
-        raise UsageError(f"{path}: {empty[0]} is on the device meta and has no numbers; load the weights before saving")
 
 
 def _from(folder: Path, base: str) -> str:

@@ -331,6 +331,23 @@ def test_the_base_is_in_the_file_where_it_exists_nowhere_else(
     assert all(torch.equal(state[name], plain[name]) for name in state)
 
 
+def test_a_language_model_can_carry_its_base(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    sizes = {
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 40,
+    }
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    model = perturbed(attach(BertModel.from_pretrained(tmp_path / "bert"), "lora", "*.query", rank=2))
+    save(model, tmp_path / "ckpt.pt", base=f"hf:{tmp_path / 'bert'}", base_state=True)
+    (tmp_path / "bert" / "model.safetensors").unlink()
+    assert rx.fuse(rx.read(tmp_path / "ckpt.pt")).changed == ("encoder.layer.0.attention.self.query.weight",)
+
+
 def test_a_relative_base_folder_is_found_from_anywhere_and_after_both_were_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
