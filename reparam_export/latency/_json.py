@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+LARGEST = 2**63 - 1  # of a whole number: what is beyond is no time, count or size, and no float may hold it
 
 
 def build(target: type[T], content: Mapping[str, Any]) -> T:
@@ -37,6 +38,7 @@ def _value(target: Any, value: Any, where: str) -> Any:
         return float(value)
     kinds = (int, float) if target is float else target
     fits = isinstance(value, kinds) and (target is bool or not isinstance(value, bool))
+    fits = fits and not (isinstance(value, int) and abs(value) > LARGEST)
     return target(_checked(fits, value, where, target))
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from reparam_export.latency.statistics import Ratio, judged, log_ratios
+from reparam_export.latency.statistics import ALPHA, Ratio, decided, hodges_lehmann, judged, log_ratios, spread
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from reparam_export.latency.statistics import Array
 
 Verdict = Literal["no added cost", "added cost", "undecided", "withheld"]
 WORST_FIRST: tuple[Verdict, ...] = ("added cost", "withheld", "undecided", "no added cost")
@@ -153,10 +156,149 @@ def overall(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def from_json(content: Mapping[str, Any]) -> Measurement:
-    """The measurement in ``latency.json``. Raises ValueError for anything else."""
+    """The measurement in ``latency.json``, whole: whoever shows it need not look again.
+
+    Raises ValueError for anything else, and for numbers or verdicts that do not follow from the raw times beside them. The
+    intervals alone are not computed again, since 2000 resamples each take seconds; they must lie where resamples can.
+    """
     from reparam_export.latency._json import build
 
-    return build(Measurement, content)
+    found = build(Measurement, content)
+    contest = found.contest
+    _require(len(set(contest.models)) == len(contest.models), f"contest names a model twice: {list(contest.models)}")
+    _require(0 < found.margin < 1, f"margin {found.margin} is not between 0 and 1")
+    _require(
+        _same(found.confidence, 1 - 2 * ALPHA), f"confidence {found.confidence}, the intervals have {1 - 2 * ALPHA}"
+    )
+    _require(0 <= found.seconds < math.inf, f"seconds {found.seconds} are no duration")
+    _require(len(found.cases) > 0, "cases: there is none")
+    named = [(case.runner, case.batch) for case in found.cases]
+    _require(len(set(named)) == len(named), f"a runner stands there twice with the same batch size: {named}")
+    for case in found.cases:
+        _check_case(case, contest, found.margin)
+    worst = overall([case.verdict for case in found.cases])
+    _require(found.verdict == worst, f"verdict {found.verdict!r}, its cases give {worst!r}")
+    _check_facts(found)
+    return found
+
+
+def _check_case(case: Case, contest: Contest, margin: float) -> None:
+    """Raises ValueError unless all that the case says follows from its raw times."""
+    where, models = f"{case.runner}, batch {case.batch}", list(contest.models)
+    _require(case.batch >= 1, f"{where}: the batch size is below 1")
+    _check_raw(case.raw, contest, where)
+    order = [contest.subject, *contest.others, contest.control]
+    over = [r.over for r in case.ratios]
+    _require(over == order, f"{where}: ratios of {over}, expected {order}")
+    for ratio in case.ratios:
+        _require(ratio.under == contest.base, f"{where}: a ratio to {ratio.under!r}, the base is {contest.base!r}")
+        _check_ratio(ratio, log_ratios(case.raw[ratio.over], case.raw[contest.base]), margin, where)
+    verdict, said = verdict_of(case.ratios[0], case.ratios[-1])
+    _require(
+        (case.verdict, case.said) == (verdict, said),
+        f"{where}: verdict {case.verdict!r} ({case.said!r:.80}), its ratios give {verdict!r} ({said!r})",
+    )
+    _require(
+        [t.model for t in case.times] == models, f"{where}: times of {[t.model for t in case.times]}, expected {models}"
+    )
+    for times in case.times:
+        again = _times(times.model, case.batch, case.raw[times.model], times.memory)
+        _require(_follows(times, again), f"{where}: the times of {times.model} do not follow from its raw times")
+        _require((times.memory or 0) >= 0, f"{where}: the memory of {times.model} is below 0")
+
+
+def _check_raw(raw: Mapping[str, Rounds], contest: Contest, where: str) -> None:
+    """Every model's rounds are the base's first ones: as many cycles in each, and no further round. Raises ValueError."""
+    _require(set(raw) == set(contest.models), f"{where}: raw times of {list(raw)}, expected {list(contest.models)}")
+    cycles = [len(runs) for runs in raw[contest.base]]
+    for model, rounds in raw.items():
+        found = [len(runs) for runs in rounds]
+        _require(0 not in (len(found), *found), f"{where}: a round of {model} is missing or empty in the raw times")
+        _require(found == cycles[: len(found)], f"{where}: the raw times of {model} are not of the base's rounds")
+        _require(min(map(min, rounds)) > 0, f"{where}: a raw time of {model} is not above 0")
+
+
+def _check_ratio(ratio: Ratio, logs: Array, margin: float, where: str) -> None:
+    """Raises ValueError unless the ratio follows from these rounds, and its interval can."""
+    import numpy as np
+
+    again = float(np.exp(hodges_lehmann(logs)))
+    where = f"{where}: {ratio.over} / {ratio.under}"
+    _require(ratio.rounds == len(logs), f"{where} is of {ratio.rounds} rounds, its raw times are of {len(logs)}")
+    _require(_same(ratio.ratio, again), f"{where} is {ratio.ratio}, its raw times give {again:.6g}")
+    varied = spread(logs)  # a difference of logarithms: where rounds are alike, rounding is all of it
+    _require(_same(ratio.spread, varied, 1e-12), f"{where}: spread {ratio.spread}, its raw times give {varied:.6g}")
+    lowest, highest = (float(np.exp(v)) for v in ((logs.min(), logs.max()) if len(logs) > 1 else (-math.inf, math.inf)))
+    ends = _same(ratio.low, lowest) or ratio.low > lowest, _same(ratio.high, highest) or ratio.high < highest
+    possible = all(ends) and ratio.low <= ratio.high and (len(logs) > 1 or ratio.within is None)
+    _require(
+        possible,
+        f"{where}: an interval from {ratio.low} to {ratio.high}, its rounds lie from {lowest:.6g} to {highest:.6g}",
+    )
+    look, stated = decided(logs, margin), ratio.look
+    _require(
+        (stated.position, stated.rounds) == (look.position, look.rounds) and _same(stated.level, look.level),
+        f"{where} is {stated.position!r} after {stated.rounds} rounds, its raw times are {look.position!r} after {look.rounds}",
+    )
+    _require(0 <= stated.p_within <= 1 and 0 <= stated.p_above <= 1, f"{where}: a p is not between 0 and 1")
+    _require(
+        (ratio.more is None) == (look.position != "open"),
+        f"{where}: more rounds are stated for what is decided, or none",
+    )
+    _require(ratio.more is None or ratio.more > 0, f"{where}: needs {ratio.more} more rounds")
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """What every row of ``Structure.engines`` has."""
+
+    model: str
+    layers: dict[str, int]
+    plan_bytes: int
+    source: str
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """The parts of ``Measurement.machine`` that are more than a line of text."""
+
+    memory: int | None = None
+    before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+
+
+def _check_facts(found: Measurement) -> None:
+    """Raises ValueError for facts about machine and models that cannot be shown."""
+    from reparam_export.latency._json import build
+
+    counts = [build(_Machine, found.machine).memory or 0]
+    for engine in (build(_Engine, e) for e in (found.structure.engines if found.structure else ())):
+        counts += [engine.plan_bytes, *engine.layers.values()]
+    for size in found.structure.sizes if found.structure else ():
+        held = (size.nodes, size.initializers, size.file_bytes, size.parameters, size.stored_bytes, size.multiply_adds)
+        counts += [*held, *size.operators.values()]
+    _require(min(counts) >= 0, f"structure or machine: a count of {min(counts)}")
+
+
+def _follows(times: Times, again: Times) -> bool:
+    pairs = (
+        (times.p50, again.p50),
+        (times.p90, again.p90),
+        (times.p99, again.p99),
+        (times.throughput, again.throughput),
+    )
+    return times.runs == again.runs and all(_same(stated, found) for stated, found in pairs)
+
+
+def _same(stated: float, found: float, least: float = 0.0) -> bool:
+    """To within the rounding of another machine's arithmetic, or to ``least``. NaN is the same as nothing."""
+    return math.isclose(stated, found, rel_tol=1e-9, abs_tol=least)
+
+
+def _require(fits: bool, reason: str) -> None:
+    if not fits:
+        raise ValueError(reason)
 
 
 def _needs(rounds: int) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reparam_export.report.evidence import Evidence, read_evidence
+from reparam_export.report.latency import state
 from reparam_export.report.statement import ReportVerdict, headline, verdict
 
 __all__ = ["Report", "write_report"]
@@ -25,13 +26,16 @@ class Report:
     junit: Path
     verdict: ReportVerdict
     headline: str
-    latency: str = "not measured"  # the verdict of the measurement, "not known" when it is about other files
+    latency: str = (
+        "not measured"  # the verdict of the measurement, "not known" when it is not of proven files of this folder
+    )
 
 
 def write_report(folder: Path) -> Report:
     """Write ``report.html``, ``report.md`` and ``junit.xml`` from the JSON files of the stages before.
 
-    Without ``verification.json``, or with one about other weights, the report says "not proven".
+    Without ``verification.json``, or with one about other weights, the report says "not proven", and "not known" of a
+    latency that was measured before. Raises CheckpointError for a file that is missing, damaged or contradicts itself.
     """
     from reparam_export.report.junit import junit
     from reparam_export.report.markdown import markdown
@@ -56,9 +60,7 @@ def write_report(folder: Path) -> Report:
 
 
 def _latency(evidence: Evidence) -> str:
-    if evidence.latency is None:
-        return "not measured"
-    return "not known" if evidence.latency.stale else evidence.latency.measurement.verdict
+    return "not measured" if evidence.latency is None else state(evidence.latency)
 
 
 def _replace(path: Path, text: str) -> None:

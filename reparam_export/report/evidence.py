@@ -20,6 +20,7 @@ from reparam_export.exporters.artifact import Artifact
 from reparam_export.files import exported_sha256
 from reparam_export.latency.measurement import Measurement
 from reparam_export.latency.measurement import from_json as measurement_from_json
+from reparam_export.report.measured import Measured, measured
 from reparam_export.verification.certificate import (
     CarriedEvidence,
     Certificate,
@@ -61,14 +62,6 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The latency as it was written down. ``stale``: why it says nothing about what is in the folder now, "" when it does."""
-
-    measurement: Measurement
-    stale: str
-
-
-@dataclass(frozen=True)
 class Evidence:
     """Everything a report may show. ``certificate`` is missing when nothing proves these weights: ``why_unproven``.
 
@@ -106,16 +99,19 @@ def read_evidence(folder: Path) -> Evidence:
     why = _why_unproven(fused, certificate)
     if not why and certificate is not None and certificate.verdict != "wrong":
         why = _changed(folder, fused)
+    stated = str((raw or {}).get("verdict", ""))
+    exported, latency = _exported(folder, fused["weights_sha256"]), _latency(folder)
+    wrong = "verification.json says wrong" if certificate and "wrong" in (stated, certificate.verdict) else ""
     return Evidence(
         folder=folder,
         fused=fused,
         certificate=None if why else certificate,
-        stated=str((raw or {}).get("verdict", "")),
+        stated=stated,
         why_unproven=why,
-        exported=(exported := _exported(folder, fused["weights_sha256"])),
+        exported=exported,
         analysis=_analysis(folder, fused["checkpoint"].get("sha256")),
         written=_written(folder, fused),
-        latency=_measured(folder, fused["weights_sha256"], exported),
+        latency=measured(latency, folder, fused["weights_sha256"], why or wrong, exported) if latency else None,
     )
 
 
@@ -226,20 +222,12 @@ def _exported(folder: Path, weights_sha256: str) -> tuple[Exported, ...]:
         raise _damaged(folder, "artifact.json", _reason(error)) from error
 
 
-def _measured(folder: Path, weights_sha256: str, exported: tuple[Exported, ...]) -> Measured | None:
+def _latency(folder: Path) -> Measurement | None:
     raw = _load(folder, "latency.json")
-    if raw is None:
-        return None
     try:
-        found = measurement_from_json(raw)
+        return None if raw is None else measurement_from_json(raw)
     except ValueError as error:
         raise _damaged(folder, "latency.json", str(error)) from error
-    files = [e.artifact.sha256 for e in exported if e.artifact.target == "onnx"]
-    if found.weights_sha256 != weights_sha256:
-        return Measured(found, "it was measured with other weights")
-    if found.artifact_sha256 and found.artifact_sha256 not in files:
-        return Measured(found, "it was measured with another export")
-    return Measured(found, "")
 
 
 def _one_exported(folder: Path, raw: dict[str, Any], weights_sha256: str) -> Exported:

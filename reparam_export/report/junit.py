@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.report import latency
-from reparam_export.report.evidence import Evidence, Measured
+from reparam_export.report.evidence import Evidence
+from reparam_export.report.measured import Measured
 from reparam_export.report.numbers import number, percent, plural
 from reparam_export.report.statement import (
     artifact_failures,
@@ -76,7 +77,7 @@ def _latency_cases(measured: Measured) -> list[Case]:
     return [
         (
             latency.name_of(c),
-            f"{c.said}: {latency.factors(c)}, {latency.rounds_sentence(c)}",
+            f"{c.said}: {latency.factors(c)}, {latency.rounds_sentence(c)}; timed: {measured.timed}",
             latency.failure(c, subject),
         )
         for c in found.cases

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from reparam_export.latency.measurement import Case, Measurement, Size
 from reparam_export.latency.statistics import Ratio
-from reparam_export.report.evidence import Evidence, Measured
+from reparam_export.report.evidence import Evidence
+from reparam_export.report.measured import Measured
 from reparam_export.report.numbers import count, plural, size
 
 TONES = {"no added cost": "exact", "added cost": "wrong", "undecided": "unproven", "withheld": "unproven"}
@@ -34,12 +35,22 @@ def sentence(measured: Measured) -> str:
     start = f"Latency {'not decided' if found.verdict in ('undecided', 'withheld') else f'proven: {found.verdict}'}"
     why = f"; {case.said}" if case.verdict in ("undecided", "withheld") else f", margin {share(found.margin)}"
     where = "in the worst case, " if len(found.cases) > 1 else ""
-    return f"{start}; {where}{case.title}, batch {count(case.batch)}: {cost}{why}"
+    return f"{start}; {where}{case.title}, batch {count(case.batch)}: {cost}{why}; timed: {measured.timed}"
 
 
 def tone(measured: Measured) -> str:
     """The CSS class of the verdict."""
     return "unproven" if measured.stale else TONES[measured.measurement.verdict]
+
+
+def state(measured: Measured) -> str:
+    """The verdict in a word, for the folder as it is now."""
+    return "not known" if measured.stale else measured.measurement.verdict
+
+
+def said(measured: Measured, case: Case) -> str:
+    """The verdict on a case in words. One of other files is not repeated: a line of a table is read without its heading."""
+    return "not known" if measured.stale else case.said
 
 
 def failure(case: Case, subject: str) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from reparam_export.latency.measurement import Measurement
 from reparam_export.report import latency
-from reparam_export.report.evidence import Evidence, Measured
+from reparam_export.report.evidence import Evidence
+from reparam_export.report.measured import Measured
 from reparam_export.report.numbers import count, number, percent, plural, quantity, signed, size
 from reparam_export.report.statement import checkpoint_facts, failures, headline, ran_sentence, same_class, verdict
 from reparam_export.verification.certificate import Certificate, GraphEvidence, LayerEvidence
@@ -142,10 +143,12 @@ def _artifact_table(evidence: Evidence) -> str:
 def _latency(measured: Measured) -> list[str]:
     """The verdict, the ratios, the table of the papers; folded away, what each model consists of and the machine."""
     found = measured.measurement
-    mark = MARKS[{"no added cost": "exact", "added cost": "wrong"}.get(found.verdict, "unproven")]
-    head = f"#### {MARKS['unproven'] if measured.stale else mark} {prose(latency.sentence(measured))}"
+    head = f"#### {MARKS[latency.tone(measured)]} {prose(latency.sentence(measured))}"
     models, rows = latency.throughputs(found)
-    rates = [(prose(row.name), *row.cells, prose(case.said)) for row, case in zip(rows, found.cases, strict=True)]
+    rates = [
+        (prose(row.name), *row.cells, prose(latency.said(measured, case)))
+        for row, case in zip(rows, found.cases, strict=True)
+    ]
     ratios = [(prose(row.group), prose(row.name), *map(prose, row.cells)) for row in latency.ratio_rows(found)]
     notes = [f"Not run: {title}: {why}" for title, why in found.skipped.items()] + list(found.notes)
     return [

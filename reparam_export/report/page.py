@@ -94,12 +94,13 @@ def _latency(evidence: Evidence) -> dict[str, Any]:
     from reparam_export.report.latency_plots import ratios_plot, times_plot
 
     made = (latency.tone, latency.share, latency.throughputs, latency.ratio_rows, latency.times_rows)
-    more = (latency.structure_rows, latency.engine_rows, latency.machine_rows, latency.rounds_sentence)
+    more = (latency.structure_rows, latency.engine_rows, latency.machine_rows, latency.rounds_sentence, latency.said)
     found = evidence.latency.measurement if evidence.latency else None
     return {
         **{function.__name__: function for function in (*made, *more)},
         "latency": evidence.latency,
         "latency_sentence": latency.sentence,
+        "latency_state": latency.state,
         "bench_command": f"reparam-export bench {shlex.quote(evidence.folder.resolve().name)}",
         "ratio_plots": [_drawn(ratios_plot(found, narrow=narrow)) for narrow in (False, True)] if found else [],
         "times_plots": [_drawn(times_plot(found, narrow=narrow)) for narrow in (False, True)] if found else [],

@@ -55,6 +55,69 @@ def test_the_report_of_a_folder_fails_as_its_measurement_does(exported: Path, on
         assert ("<failure" in (exported / "junit.xml").read_text()) == bool(code)
 
 
+def reported(folder: Path, code: int) -> tuple[str, str]:
+    """The latency as JSON says it, and the text for the pull request."""
+    result = run("report", folder, "--json")
+    assert result.exit_code == code
+    said = json.JSONDecoder().raw_decode(result.stdout)[0]["latency"]
+    return said, (folder / "report.md").read_text()
+
+
+def test_a_measurement_before_the_export_is_none_of_the_exported_file(tmp_path: Path, synthetic: Install) -> None:
+    synthetic(adapted=1.2)
+    out = tmp_path / "out"
+    for words in (("fuse", *CASES["hydra_vtab"].command(), "-o", out), ("verify", out), ("bench", out, *ONE)):
+        assert run(*words).exit_code == 0
+    said, text = reported(out, 0)
+    assert said == "no added cost"
+    assert "a file that was written for the measurement, not an exported one" in text
+    assert run("export", out, "--to", "onnx", "--precision", "fp16").exit_code == 0
+    said, text = reported(out, 6)
+    assert said == "not known"
+    assert "Latency proven" not in text
+    assert "the exported model.onnx (fp16) was not timed" in text
+    assert run("bench", out, *ONE).exit_code == 0
+    said, text = reported(out, 0)
+    assert said == "no added cost"
+    assert "timed: model.onnx (fp16, sha256 " in text
+
+
+@pytest.mark.parametrize("name", ["fused.safetensors", "model.onnx", "verification.json"])
+def test_what_changed_after_the_measurement_has_no_latency(
+    exported: Path, once: None, tmp_path: Path, synthetic: Install, name: str
+) -> None:
+    synthetic()
+    out = Path(shutil.copytree(exported, tmp_path / "out"))
+    run("bench", out, *ONE)
+    assert reported(out, 0)[0] == "no added cost"
+    if name == "verification.json":
+        (out / name).unlink()
+    else:
+        content = bytearray((out / name).read_bytes())
+        content[-1] ^= 1
+        (out / name).write_bytes(content)
+    said, text = reported(out, 1)
+    assert said == "not known"
+    assert "Latency not known: what was timed is not proven any more" in text
+    assert "Latency proven" not in text
+
+
+def test_a_measurement_that_contradicts_itself_is_exit_code_3(
+    exported: Path, once: None, tmp_path: Path, synthetic: Install
+) -> None:
+    synthetic()
+    out = Path(shutil.copytree(exported, tmp_path / "out"))
+    run("bench", out, *ONE)
+    whole = json.loads((out / "latency.json").read_text())
+    slow = [[3 * t for t in runs] for runs in whole["cases"][0]["raw"]["fused"]]
+    tripled = [{**case, "raw": {**case["raw"], "fused": slow}} for case in whole["cases"]]
+    for damage in ({"cases": []}, {"verdict": "added cost"}, {"margin": -1}, {"margin": 10**400}, {"cases": tripled}):
+        (out / "latency.json").write_text(json.dumps(whole | damage))
+        result = run("report", out)
+        assert result.exit_code == 3
+        assert "latency.json is damaged" in error_of(result)
+
+
 def test_bench_as_json_carries_everything(exported: Path, once: None, synthetic: Install) -> None:
     synthetic()
     result = run("bench", exported, *ONE, "--json", "--threads", 1, "--margin", "2 %", "--seed", 7)

@@ -9,10 +9,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from folders import artifact, certificate, measurement, write
+from folders import WEIGHTS, artifact, audited, certificate, layer, measurement, output, write
 from junitparser import JUnitXml
 
 from reparam_export.errors import CheckpointError
+from reparam_export.exporters.artifact import failed
+from reparam_export.files import exported_sha256
 from reparam_export.latency.measurement import Measurement
 from reparam_export.report import write_report
 from reparam_export.report.evidence import read_evidence
@@ -136,6 +138,105 @@ def test_a_measurement_of_other_files_is_no_verdict(
     assert why in report.html.read_text()
     assert why in report.markdown.read_text()
     assert [case.is_passed for case in junit(tmp_path).values()] == [False]
+
+
+def assert_not_known(place: Path, why: str) -> None:
+    """No view has a verdict on the latency; all of them say why."""
+    report = write_report(place)
+    assert report.latency == "not known"
+    for text in (report.html.read_text(), report.markdown.read_text()):
+        assert "Latency proven" not in text
+        assert "Latency not known" in text
+        assert why in text
+        assert ">no added cost<" not in text
+        assert "| no added cost |" not in text
+    (case,) = junit(place).values()
+    assert not case.is_passed
+    assert why in case.system_out
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "precision"),
+    [("onnx", "model.onnx", "fp16"), ("onnx", "model.onnx", "fp32"), ("genai", "genai", "fp32")],
+)
+def test_a_file_written_for_the_measurement_vouches_for_no_exported_one(
+    tmp_path: Path, equal: Measurement, target: str, path: str, precision: str
+) -> None:
+    place = folder(tmp_path, replace(equal, artifact_sha256=""))
+    exported = artifact(target=target, path=path, precision=precision)
+    write(place, proof=certificate(), artifacts=[exported])
+    assert_not_known(
+        place, f"the exported {path} ({precision}) was not timed, but a file that was written for the measurement"
+    )
+
+
+@pytest.mark.parametrize("exported", [None, "safetensors", "failed"])
+def test_without_an_exported_program_the_reader_is_told_that_none_was_timed(
+    tmp_path: Path, equal: Measurement, exported: str | None
+) -> None:
+    files = {"safetensors": artifact(target="safetensors", path="hf"), "failed": failed("onnx", WEIGHTS, "no opset")}
+    proof, artifacts = certificate(), [files[exported]] if exported else None
+    report = write_report(write(tmp_path, proof=proof, artifacts=artifacts, latency=replace(equal, artifact_sha256="")))  # type: ignore[arg-type]
+    assert report.latency == "no added cost"
+    for text in (report.html.read_text(), report.markdown.read_text(), report.junit.read_text()):
+        assert "a file that was written for the measurement, not an exported one" in text
+
+
+def test_the_file_that_was_timed_is_named_with_its_precision_and_digest(tmp_path: Path, equal: Measurement) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"graph")
+    digest = exported_sha256(tmp_path / "model.onnx")
+    found = replace(equal, artifact_sha256=digest)
+    report = write_report(write(tmp_path, proof=certificate(), artifacts=[artifact(sha256=digest)], latency=found))
+    for text in (report.html.read_text(), report.markdown.read_text(), report.junit.read_text()):
+        assert f"model.onnx (fp16, sha256 {digest[:12]})" in text
+        assert "not in this folder any more" not in text
+
+
+def test_a_timed_file_that_was_taken_away_is_still_named_by_its_digest(tmp_path: Path, equal: Measurement) -> None:
+    report = write_report(folder(tmp_path, equal))
+    assert (report.verdict, report.latency) == ("exact", "no added cost")
+    for text in (report.html.read_text(), report.markdown.read_text(), report.junit.read_text()):
+        assert "model.onnx (fp16, sha256 c0dec0dec0de), which is not in this folder any more" in text
+
+
+def test_times_of_a_file_that_was_changed_are_of_nothing_that_is_proven(tmp_path: Path, equal: Measurement) -> None:
+    (folder(tmp_path, equal) / "model.onnx").write_bytes(b"another graph")
+    assert write_report(tmp_path).verdict == "unproven"
+    assert_not_known(tmp_path, "model.onnx is not the file that was exported and compared")
+
+
+def test_times_of_a_file_that_is_wrong_are_of_nothing_that_is_proven(tmp_path: Path, equal: Measurement) -> None:
+    wrong = artifact(outputs=(output(error=1.0, passed=False),))
+    assert write_report(write(tmp_path, proof=certificate(), artifacts=[wrong], latency=equal)).verdict == "wrong"
+    assert_not_known(tmp_path, "model.onnx did not pass its own proof")
+
+
+def test_times_beside_an_engine_that_was_changed_are_of_nothing_that_is_proven(
+    tmp_path: Path, equal: Measurement
+) -> None:
+    row = {"model": "fused", "layers": {"MATRIX_MULTIPLY": 73}, "plan_bytes": 9, "source": "network as parsed"}
+    assert equal.structure is not None
+    found = replace(equal, structure=replace(equal.structure, engines=(row,)))
+    engine = audited(artifact(path="model.engine", target="trt"))
+    write(tmp_path, proof=certificate(), artifacts=[artifact(), engine], latency=found)
+    (tmp_path / "model.engine").write_bytes(b"another plan")
+    assert_not_known(tmp_path, "model.engine is not the file that was exported and compared")
+
+
+def test_times_of_weights_that_are_not_proven_any_more_are_no_verdict(tmp_path: Path, equal: Measurement) -> None:
+    (folder(tmp_path, equal) / "fused.safetensors").write_bytes(b"no weights")
+    assert_not_known(tmp_path, "what was timed is not proven any more: ")
+    (tmp_path / "fused.safetensors").unlink()
+    (tmp_path / "verification.json").unlink()
+    assert_not_known(tmp_path, "what was timed is not proven any more: verification.json is missing")
+
+
+@pytest.mark.parametrize("proof", ["a layer", "the statement"])
+def test_times_of_weights_that_are_wrong_are_no_verdict(tmp_path: Path, equal: Measurement, proof: str) -> None:
+    wrong = certificate(layers=(layer(verdict="wrong"),)).to_json()
+    given = wrong if proof == "a layer" else {**certificate().to_json(), "verdict": "wrong"}
+    write(tmp_path, proof=given, artifacts=[artifact()], latency=equal)
+    assert_not_known(tmp_path, "what was timed is not proven any more: verification.json says wrong")
 
 
 def test_a_damaged_measurement_says_what_to_run(tmp_path: Path) -> None:
