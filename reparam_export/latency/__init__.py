@@ -59,6 +59,7 @@ def bench(
         found,
         weights_sha256=model.certificate.weights_sha256,
         artifact_sha256=who.artifact_sha256,
+        precision=who.precision,
         structure=replace(who.structure, engines=engines.facts if engines else ()),
         notes=(*who.notes, *lack),
         seconds=round(time.monotonic() - started, 1),

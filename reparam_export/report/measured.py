@@ -47,7 +47,7 @@ def _of_other_files(found: Measurement, exported: Sequence[Exported]) -> str:
         first = programs[0].artifact
         return (
             f"the exported {first.path} ({first.precision}) was not timed, but a file that was written for the "
-            "measurement, in a precision that latency.json does not name"
+            f"measurement{f', in {found.precision}' if found.precision else ''}"
         )
     timed = _shipped(found, exported)
     if found.artifact_sha256 and timed is None:
@@ -62,7 +62,8 @@ def _of_other_files(found: Measurement, exported: Sequence[Exported]) -> str:
 def _timed(found: Measurement, folder: Path, exported: Sequence[Exported]) -> str:
     """A file that was taken away is still the one of that digest, as for its proof; the reader is told where it is not."""
     if not found.artifact_sha256:
-        return "a file that was written for the measurement, not an exported one"
+        precision = f" in {found.precision}" if found.precision else ""
+        return f"a file that was written{precision} for the measurement, not an exported one"
     timed = _shipped(found, exported)
     digest = f"sha256 {found.artifact_sha256[:12]}"
     if timed is None:

@@ -70,7 +70,7 @@ def test_a_measurement_before_the_export_is_none_of_the_exported_file(tmp_path: 
         assert run(*words).exit_code == 0
     said, text = reported(out, 0)
     assert said == "no added cost"
-    assert "a file that was written for the measurement, not an exported one" in text
+    assert "a file that was written in fp32 for the measurement, not an exported one" in text
     assert run("export", out, "--to", "onnx", "--precision", "fp16").exit_code == 0
     said, text = reported(out, 6)
     assert said == "not known"
