@@ -134,7 +134,8 @@ def _cases(
                 raise KeyboardInterrupt from stop
             return cases + stop.cases, skipped
         except WorkerError as error:
-            if name in runners:
+            if name in runners and not error.cases:
                 raise
-            skipped[runner(name).TITLE] = str(error)
+            cases += error.cases
+            skipped[runner(name).TITLE] = f"ended early: {error}" if error.cases else str(error)
     return cases, skipped

@@ -74,7 +74,9 @@ class Models:
 
 
 class WorkerError(ExportError):
-    """A timing process ended before its answer."""
+    """A timing process ended before its answer. ``cases``: what had been measured by then."""
+
+    cases: Sequence[Case] = ()
 
 
 class StoppedError(Exception):
@@ -179,6 +181,9 @@ def take(
                 progress(runner(job.runner).TITLE, done, ends - time.monotonic())
     except KeyboardInterrupt as stop:
         raise StoppedError(_cases(job, contest, raw, settings, memory)) from stop
+    except WorkerError as error:  # hours of rounds are not lost with the last one
+        error.cases = _cases(job, contest, raw, settings, memory)
+        raise
     return _cases(job, contest, raw, settings, memory)
 
 

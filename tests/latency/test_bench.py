@@ -320,6 +320,24 @@ def test_ctrl_c_keeps_what_was_measured(
     assert read(exported)["verdict"] == "undecided"
 
 
+def test_a_timing_process_that_dies_takes_no_rounds_with_it(
+    synthetic: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering = synthetic()
+    real = answering.ask
+
+    def dying(self: Any, **request: Any) -> dict[str, Any]:
+        if sum("round" in r for r in self.asked) == 6:
+            raise WorkerError("the timing process ended with code -9")
+        return real(self, **request)
+
+    monkeypatch.setattr(answering, "ask", dying)
+    found = run()
+    assert found.cases[0].ratio("fused").rounds == 5
+    assert found.verdict == "undecided"
+    assert found.skipped == {"onnxruntime, CPU": "ended early: the timing process ended with code -9"}
+
+
 def test_a_round_of_long_runs_has_few_cycles_and_one_of_short_runs_many(synthetic: Install) -> None:
     answering = synthetic()
     run(1, 16, 640, rounds=1)
