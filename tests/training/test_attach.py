@@ -331,18 +331,17 @@ def test_the_base_is_in_the_file_where_it_exists_nowhere_else(
     assert all(torch.equal(state[name], plain[name]) for name in state)
 
 
-def test_a_language_model_can_carry_its_base(tmp_path: Path) -> None:
+def small_bert(folder: Path | str) -> nn.Module:
+    """The model in a new Hugging Face folder, with an adapter that looks trained."""
     from transformers import BertConfig, BertModel
 
-    sizes = {
-        "hidden_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "vocab_size": 40,
-    }
-    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
-    model = perturbed(attach(BertModel.from_pretrained(tmp_path / "bert"), "lora", "*.query", rank=2))
+    config = BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=40)
+    BertModel(config).save_pretrained(folder)
+    return perturbed(attach(BertModel.from_pretrained(folder), "lora", "*.query", rank=2))
+
+
+def test_a_language_model_can_carry_its_base(tmp_path: Path) -> None:
+    model = small_bert(tmp_path / "bert")
     save(model, tmp_path / "ckpt.pt", base=f"hf:{tmp_path / 'bert'}", base_state=True)
     (tmp_path / "bert" / "model.safetensors").unlink()
     assert rx.fuse(rx.read(tmp_path / "ckpt.pt")).changed == ("encoder.layer.0.attention.self.query.weight",)
@@ -351,23 +350,9 @@ def test_a_language_model_can_carry_its_base(tmp_path: Path) -> None:
 def test_a_relative_base_folder_is_found_from_anywhere_and_after_both_were_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import BertConfig, BertModel
-
-    sizes = {
-        "hidden_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "vocab_size": 40,
-    }
     (tmp_path / "work" / "runs").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work")
-    BertModel(BertConfig(**sizes)).save_pretrained("models/bert")
-    model = attach(BertModel.from_pretrained("models/bert"), "lora", "*.query", rank=2)
-    with torch.no_grad():
-        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-            parameter.add_(0.1)
-    save(model, "runs/ckpt.pt", base="hf:models/bert?hidden_act=relu")
+    save(small_bert("models/bert"), "runs/ckpt.pt", base="hf:models/bert?hidden_act=relu")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "work").rename(tmp_path / "moved")
     checkpoint = rx.read("moved/runs/ckpt.pt")
