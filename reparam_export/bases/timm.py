@@ -27,12 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
-LOADING = {
-    "checkpoint_path",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "cache_dir",
-}  # a spec may come from a checkpoint
+# with these timm loads files by itself, and a spec may come from a checkpoint
+LOADING = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 JAX_PREFIXES = ("", "opt/target/", "params/", "params/img/")
 
 

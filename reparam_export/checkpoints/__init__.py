@@ -30,7 +30,16 @@ from reparam_export.checkpoints._checks import (
     zeros,
 )
 from reparam_export.checkpoints._settings import read_settings
-from reparam_export.checkpoints._source import NATIVE, Claim, Source, as_core, as_integers, as_matrix, open_source
+from reparam_export.checkpoints._source import (
+    NATIVE,
+    Claim,
+    Source,
+    as_core,
+    as_integers,
+    as_matrix,
+    open_source,
+    placed,
+)
 from reparam_export.errors import CheckpointError, FusionError, MissingSettingError, UnknownFormatError
 from reparam_export.files import fingerprint, sha256, weight_files
 
@@ -58,6 +67,7 @@ __all__ = [
     "components",
     "non_finite",
     "open_source",
+    "placed",
     "read",
     "recognise",
     "settings_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,13 @@ class Source:
         """The folder of a model that the checkpoint names: beside its file, else one of the working folder, or a hub id."""
         beside = self.file.parent / place
         return str(beside) if beside.is_dir() else place
+
+
+def placed(spec: str, place: Callable[[str], str]) -> str:
+    """An ``hf:`` base spec with ``place`` of its folder or id; any other as it is."""
+    scheme, _, argument = spec.partition(":")
+    folder, mark, keywords = argument.partition("?")
+    return f"hf:{place(folder)}{mark}{keywords}" if scheme == "hf" else spec
 
 
 class Claim:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from reparam_export.affine import Tensor
-from reparam_export.checkpoints import Adapter, Checkpoint
+from reparam_export.checkpoints import Adapter, Checkpoint, placed
 from reparam_export.errors import CheckpointError, UsageError
 
 
@@ -72,9 +72,7 @@ def _base(members: Sequence[Checkpoint]) -> str | None:
 
 def _place(spec: str | None) -> str:
     """A base spec that is the same for one folder, however it is written."""
-    scheme, _, argument = (spec or "").partition(":")
-    folder, mark, rest = argument.partition("?")
-    return f"hf:{Path(folder).resolve()}{mark}{rest}" if scheme == "hf" and Path(folder).is_dir() else str(spec)
+    return placed(str(spec), lambda folder: str(Path(folder).resolve()) if Path(folder).is_dir() else folder)
 
 
 def _whole_tensors(members: Sequence[Checkpoint]) -> tuple[dict[str, Tensor], list[str]]:

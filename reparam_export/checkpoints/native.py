@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from reparam_export.adapters import glora, kind
-from reparam_export.checkpoints import NATIVE, Adapter, Parts, Source
+from reparam_export.checkpoints import NATIVE, Adapter, Parts, Source, placed
 from reparam_export.checkpoints.glora_vit import path_of
 from reparam_export.errors import CheckpointError, ReparamError
 
@@ -50,19 +50,12 @@ def read(source: Source) -> Parts:
     return Parts(
         _with_paths(source, [_adapter(path, entry) for entry in adapters]),
         replaced=_tensors(path, content.get("replaced") or {}),
-        base=None if base is None else _found(source, base),
+        base=None if base is None else placed(base, source.near),
         base_state=_tensors(path, content.get("base_state") or {}),
         base_digests=_digests(content.get("base_digests") or {}),
         notes=tuple(map(str, content.get("notes") or ())),
         covers=lambda names: [],  # attach() adapts what it is told to
     )
-
-
-def _found(source: Source, base: str) -> str:
-    """The same base with the place of its folder, where it has one."""
-    scheme, _, argument = base.partition(":")
-    place, mark, keywords = argument.partition("?")
-    return f"hf:{source.near(place)}{mark}{keywords}" if scheme == "hf" else base
 
 
 def _with_paths(source: Source, adapters: list[Adapter]) -> tuple[Adapter, ...]:

@@ -27,7 +27,7 @@ class Report:
     verdict: ReportVerdict
     headline: str
     latency: str = (
-        "not measured"  # the verdict of the measurement, "not known" when it is not of proven files of this folder
+        "not measured"  # the measurement's verdict, "not known" when it is not of proven files of this folder
     )
 
 

@@ -20,26 +20,24 @@ def remember(model: nn.Module, but: Collection[str] = ()) -> None:
     setattr(model, MEMORY, known | new)
 
 
-def trained_tensors(model: nn.Module) -> list[str]:
-    """What is not the base's any more besides the adapters: all that is trainable or was changed, and running statistics."""
+def told_apart(model: nn.Module) -> tuple[list[str], dict[str, Digest]]:
+    """What is not the base's any more: all that is trainable or was changed, and running statistics. And the digests of other parameters.
+
+    Of parameters only: what is computed, as buffers are, may differ between versions. What was cast since is told apart on reading.
+    """
     known = dict(_memory(model))
-    return [
-        name
-        for name, tensor in _numbers(model)
-        if tensor.requires_grad or name.endswith(RUNNING) or (known and _changed(known.get(name), tensor))
-    ]
-
-
-def base_digests(model: nn.Module, but: Collection[str]) -> dict[str, Digest]:
-    """The digests of all parameters but these, as they are now: what is computed, as buffers are, may differ between versions."""
-    return {n: digest_of(t) for n, t in _numbers(model) if isinstance(t, nn.Parameter) and n not in but}
-
-
-def _changed(before: Digest | None, tensor: Tensor) -> bool:
-    """Is this another tensor than the one of the base? One that was cast since is told apart when the checkpoint is read."""
-    if before is None:
-        return True
-    return str(tensor.dtype) == f"torch.{before[0]}" and digest_of(tensor) != before
+    trained: list[str] = []
+    digests: dict[str, Digest] = {}
+    for name, tensor in _numbers(model):
+        if tensor.requires_grad or name.endswith(RUNNING):
+            trained.append(name)
+            continue
+        before, now = known.get(name), digest_of(tensor)
+        if known and (before is None or (before[0] == now[0] and before != now)):
+            trained.append(name)
+        elif isinstance(tensor, nn.Parameter):
+            digests[name] = now
+    return trained, digests
 
 
 def _memory(model: nn.Module) -> Iterator[tuple[str, Digest | None]]:

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from reparam_export.affine import Affine, map_tensors, tensors_of
-from reparam_export.assembly import base_of, opened, place
-from reparam_export.checkpoints import NATIVE, Checkpoint, read
+from reparam_export.assembly import opened, place
+from reparam_export.checkpoints import NATIVE, Checkpoint, placed, read
 from reparam_export.checkpoints.native import BASES, to_plain
 from reparam_export.errors import CheckpointError, MissingSettingError, UsageError
 from reparam_export.files import PICKLES, replace_file
 from reparam_export.fit import check_shapes, touched_module
-from reparam_export.models import outputs_of_call, samples, split_argument
+from reparam_export.models import Signature, outputs_of_call, samples, split_argument
 from reparam_export.training.attach import Attached, attached_layer, attached_of, plain_map, put
-from reparam_export.training.frozen import base_digests, trained_tensors
+from reparam_export.training.frozen import told_apart
 
 ROUNDINGS = 256  # in which two computations of the same model may differ
 T = TypeVar("T")
@@ -42,7 +42,7 @@ def save(model: nn.Module, path: str | Path, *, base: str | None, base_state: bo
     path, model = Path(path), unwrapped(model)
     _check_saveable(path, model, base)
     with_base = _exists_nowhere_else(base) if base_state is None else base_state
-    content = _content(model, None if base is None else _from(path.parent, base), with_base=with_base)
+    content = _content(model, None if base is None else placed(base, partial(_from, path.parent)), with_base=with_base)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda unfinished: torch.save(content, unfinished))
     if with_base and base is not None and base.startswith("timm:"):
@@ -67,12 +67,13 @@ def _content(model: nn.Module, base: str | None, *, with_base: bool) -> dict[str
     attached = attached_of(model)
     own = {f"{name}.adapter.{tensor}" for name, module in attached for tensor in module.adapter}
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items() if name not in own}
-    replaced = {name: state[name] for name in trained_tensors(model) if name in state}
+    trained, digests = told_apart(model)
+    replaced = {name: state[name] for name in trained if name in state}
     return {
         "format": NATIVE,
         "base": base,
         "base_state": _plain({n: t for n, t in state.items() if n not in replaced}) if with_base else None,
-        "base_digests": {} if with_base else _plain(base_digests(model, but=own | set(replaced))),
+        "base_digests": {} if with_base else _plain({n: digest for n, digest in digests.items() if n in state}),
         "adapters": [
             {
                 "module": _plain_name(name),
@@ -100,9 +101,9 @@ def check_saved(path: Path, model: nn.Module) -> None:
         return
     modes = {module: module.training for module in model.modules()}
     like = next(p for p in model.parameters() if p.is_floating_point())
-    signature = base_of(checkpoint).build()[1]
+    again, signature = with_signature(checkpoint)
+    again.to(like.device, like.dtype)
     images = tuple(t.to(like.device, like.dtype) for t in samples(signature, 2, seed=0).values())
-    again = attached_model(checkpoint).to(like.device, like.dtype)
     try:
         with torch.compiler.set_stance("force_eager"):  # what is compiled need not be compiled again for this
             found, expected = (outputs_of_call(m, signature, images) for m in (again, model.eval()))
@@ -135,7 +136,12 @@ def attached_model(checkpoint: Checkpoint, made: type[Attached] = Attached) -> n
 
     Raises UsageError for an adapter on part of a layer, or in a stack.
     """
-    model, _, checkpoint = opened(checkpoint)
+    return with_signature(checkpoint, made)[0]
+
+
+def with_signature(checkpoint: Checkpoint, made: type[Attached] = Attached) -> tuple[nn.Module, Signature]:
+    """The same, and how it is called."""
+    model, signature, checkpoint = opened(checkpoint)
     place(model, checkpoint.replaced)
     tensors = [*model.parameters(), *(t for a in checkpoint.adapters for t in tensors_of(a.params).values())]
     widest = reduce(torch.promote_types, {t.dtype for t in tensors if t.is_floating_point()})
@@ -152,7 +158,7 @@ def attached_model(checkpoint: Checkpoint, made: type[Attached] = Attached) -> n
         layers[adapter.module] = attached_layer(model, adapter.module, adapter.kind, partial(_same, params), made=made)
     put(model, layers, brought=checkpoint.replaced)
     _thaw(model, checkpoint.replaced)
-    return model.eval()
+    return model.eval(), signature
 
 
 def _same(params: Any, base: Affine) -> Any:
@@ -182,13 +188,10 @@ def _plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def _from(folder: Path, base: str) -> str:
-    """A base in a relative folder, with the way to it from this one."""
-    scheme, _, argument = base.partition(":")
-    place, mark, keywords = argument.partition("?")
-    if scheme != "hf" or Path(place).is_absolute() or not Path(place).is_dir():
-        return base
-    return f"hf:{os.path.relpath(place, folder)}{mark}{keywords}"
+def _from(folder: Path, place: str) -> str:
+    """A relative folder as seen from another one; a hub id as it is."""
+    own = not Path(place).is_absolute() and Path(place).is_dir()
+    return os.path.relpath(place, folder) if own else place
 
 
 def _exists_nowhere_else(base: str | None) -> bool:

@@ -93,9 +93,7 @@ def search(
     """
     settings = settings or Search()
     place = None if folder is None else Path(folder)
-    identity = (
-        {} if place is None else _identity(space, evaluate, settings, start)
-    )  # in memory it meets no other search
+    identity = {} if place is None else _identity(space, evaluate, settings, start)  # in memory it meets no other
     with Journal(place, identity) as journal:
         found = (None if place is None else latest(place)) or (None if start is None else Path(start))
         seed = settings.seed
