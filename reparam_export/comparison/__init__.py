@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.comparison.sides import Side, answers, inputs_of, samples_for, side
+from reparam_export.comparison.sides import Side, answers, refused, samples_for, side
 from reparam_export.files import sha256
 from reparam_export.latency import BATCHES, check, measurement
 from reparam_export.latency.measurement import Contest, Measurement
@@ -178,11 +178,11 @@ def _kind(array: Array) -> str:
 def _outputs(
     left: Side, right: Side, samples: Mapping[str, Array], notes: list[str], *, engines: bool
 ) -> tuple[OutputChange, ...]:
-    """Every output that either of them has, both on the same samples; none, and a note, where their inputs differ."""
+    """Every output that either of them has, both on the same samples; none, and a note, where one of them does not take these."""
     for one in (left, right):
-        names = {name for name, _, _ in inputs_of(one.onnx)} if one.onnx else set(samples)
-        if names != set(samples):
-            notes.append(f"outputs: {one.path} takes {', '.join(sorted(names))}; the samples are {', '.join(samples)}")
+        why = refused(one, samples)
+        if why:
+            notes.append(f"outputs: {why}")
             return ()
     of_a, of_b = (answers(one, samples, engine=engines) for one in (left, right))
     return tuple(_output(name, of_a.get(name), of_b.get(name)) for name in dict.fromkeys((*of_a, *of_b)))

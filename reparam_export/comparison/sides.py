@@ -62,7 +62,11 @@ def samples_for(left: Side, inputs: Path | None) -> dict[str, Array]:
 
     place = left.path if left.folder else left.path.parent
     if inputs is not None:
-        return _read(inputs, left.onnx)
+        given = _read(inputs, left.onnx)
+        why = refused(left, given)
+        if why:
+            raise UsageError(f"inputs {inputs}: {why}")
+        return given
     if (place / REFERENCE).is_file():
         with np.load(place / REFERENCE) as arrays:
             return {n.removeprefix("input:"): arrays[n] for n in arrays.files if n.startswith("input:")}
@@ -71,7 +75,8 @@ def samples_for(left: Side, inputs: Path | None) -> dict[str, Array]:
     chance = np.random.default_rng(0)
     drawn: dict[str, Array] = {}
     for name, shape, dtype in inputs_of(left.onnx):
-        sizes = [SAMPLES, *(size if isinstance(size, int) else FREE_AXIS for size in shape[1:])]
+        free = (SAMPLES, *[FREE_AXIS] * len(shape))  # a batch, and whatever else the file leaves open
+        sizes = [size if isinstance(size, int) else other for size, other in zip(shape, free, strict=False)]
         kind = np.dtype(dtype)
         whole = np.issubdtype(kind, np.integer) or kind == np.bool_
         drawn[name] = (chance.integers(0, 2, sizes) if whole else chance.standard_normal(sizes)).astype(kind)
@@ -89,6 +94,20 @@ def answers(one: Side, samples: Mapping[str, Array], *, engine: bool) -> dict[st
         raise UsageError(f"{one.path}: holds no ONNX file; run export --to onnx")
     with onnx.Runner(one.onnx) as runner:
         return runner.run(dict(samples))
+
+
+def refused(one: Side, samples: Mapping[str, Array]) -> str | None:
+    """Why a side's ONNX file does not take the samples: other names, shapes or dtypes. None: it takes them."""
+    takes = {name: (shape, dtype) for name, shape, dtype in inputs_of(one.onnx)} if one.onnx else {}
+    if one.onnx and takes.keys() != samples.keys():
+        return f"{one.path} takes {', '.join(sorted(takes))}; the samples are {', '.join(samples)}"
+    for name, (shape, dtype) in takes.items():
+        given = samples[name]
+        fits = [isinstance(size, str) or size == n for size, n in zip(shape, given.shape, strict=False)]
+        if len(shape) != given.ndim or not all(fits) or str(given.dtype) != dtype:
+            expected, found = (f"{'x'.join(map(str, s))} {d}" for s, d in ((shape, dtype), (given.shape, given.dtype)))
+            return f"{one.path} takes {name} as {expected}; the samples are {found}"
+    return None
 
 
 def inputs_of(path: Path) -> list[tuple[str, tuple[int | str, ...], str]]:
@@ -116,8 +135,6 @@ def _read(path: Path, file: Path | None) -> dict[str, Array]:
             arrays: dict[str, Array] = {n: loaded[n] for n in loaded.files} if several else {names[0]: loaded}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"inputs {path}: expected a .npy or .npz file of arrays; found {error}") from error
-    if file and set(arrays) != set(names):
-        raise UsageError(f"inputs {path}: expected the arrays {', '.join(names)}; found {', '.join(arrays)}")
     return arrays
 
 

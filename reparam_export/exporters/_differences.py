@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from reparam_export.errors import ExportError
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
     Operator = tuple[str, str, str]  # domain, type, overload
@@ -29,16 +30,30 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def loaded(path: Path) -> ir.Model:
-    """An ONNX file, external data unread until it is asked for. Raises ExportError."""
+    """An ONNX file, external data unread until it is asked for. Raises ExportError, also for sparse initializers."""
+    import onnx
     import onnx_ir as ir
 
     try:
-        model = ir.load(path)
+        proto = onnx.load(str(path), load_external_data=False)
+        model = ir.from_proto(proto)
     except Exception as error:  # protobuf's own types
         raise ExportError(f"{path}: cannot be read as ONNX ({type(error).__name__}: {error})") from error
-    for function in model.functions.values():  # ir.load says where external data is to the main graph only
-        ir.external_data.set_base_dir(function.graph, path.parent)
+    sparse = ", ".join(_sparse(proto.graph)) or ", ".join(n for f in proto.functions for n in _sparse(f))
+    if sparse:  # onnx_ir drops them without a word
+        raise ExportError(f"{path}: cannot be compared: the initializer {sparse} is sparse; store it as a dense tensor")
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        ir.external_data.set_base_dir(graph, path.parent)
     return model
+
+
+def _sparse(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[str]:
+    """Names of the sparse initializers of a graph and of its subgraphs; a function has them in its subgraphs only."""
+    yield from (tensor.values.name for tensor in getattr(graph, "sparse_initializer", ()))
+    for node in graph.node:
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                yield from _sparse(subgraph)
 
 
 def functions_of(model: ir.Model) -> dict[Operator, ir.Function]:

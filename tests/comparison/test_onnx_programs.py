@@ -379,3 +379,47 @@ def test_outputs_of_files_with_other_inputs_cannot_pass(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "outputs could not be compared" in error_of(result)
     assert run("compare", a, b, "--no-latency").exit_code == 0
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_an_input_of_another_shape_or_type_cannot_pass(tmp_path: Path, width: int) -> None:
+    a = write(tmp_path / "a.onnx", [helper.make_node("Relu", ["x"], ["y"])])
+    dtype = TensorProto.FLOAT if width == 3 else TensorProto.DOUBLE
+    other = helper.make_tensor_value_info("x", dtype, ["n", width])
+    out = helper.make_tensor_value_info("y", dtype, ["n", None])
+    b = write(tmp_path / "b.onnx", [helper.make_node("Relu", ["x"], ["y"])], inputs=[other], outputs=[out])
+    result = run("compare", a, b, "--no-latency", "--fail-on", "outputs")
+    assert result.exit_code == 1
+    assert "outputs could not be compared" in error_of(result)
+    found = "takes x as nx3 float32; the samples are 16x4 float32" if width == 3 else "takes x as nx4 float64"
+    assert found in result.stdout
+    np.save(tmp_path / "x.npy", np.zeros((2, width), np.float32 if width == 3 else np.float64))
+    result = run("compare", a, a, "--no-latency", "--inputs", tmp_path / "x.npy")
+    assert result.exit_code == 2
+    assert "takes x as nx4 float32; the samples are 2x" in error_of(result)
+
+
+def test_a_fixed_batch_is_kept_to(tmp_path: Path) -> None:
+    fixed = helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 4])
+    a = write(tmp_path / "a.onnx", [helper.make_node("Relu", ["x"], ["y"])], inputs=[fixed])
+    assert [o.a for o in compare(a, a, latency=False).outputs] == ["3x4 float32"]
+
+
+def test_sparse_initializers_are_refused_and_not_overlooked(tmp_path: Path) -> None:
+    """onnx_ir leaves them out, so two files that differ in nothing else would be called the same."""
+    values = numpy_helper.from_array(np.ones(2, np.float32), "w")
+    places = numpy_helper.from_array(np.asarray([0, 5], np.int64))
+    sparse = helper.make_sparse_tensor(values, places, [4, 4])
+    main = onnx.load(write(tmp_path / "a.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], [tensor("w", EYE)]))
+    del main.graph.initializer[:]
+    main.graph.sparse_initializer.append(sparse)
+    branch = onnx.load(branching(tmp_path / "b.onnx"))
+    then = next(a.g for n in branch.graph.node for a in n.attribute if a.name == "then_branch")
+    del then.initializer[:]
+    sparse.values.name = "w2"
+    then.sparse_initializer.append(sparse)
+    for model, name in ((main, "w"), (branch, "w2")):
+        onnx.save(model, tmp_path / "sparse.onnx")
+        result = run("compare", tmp_path / "sparse.onnx", tmp_path / "sparse.onnx", "--no-latency")
+        assert result.exit_code == 5
+        assert f"the initializer {name} is sparse" in error_of(result)
