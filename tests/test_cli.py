@@ -73,6 +73,24 @@ def test_a_reader_that_closes_the_output_is_no_verdict() -> None:
     assert process.returncode == 141
 
 
+def test_a_terminated_command_cleans_up_and_is_no_verdict(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, tempfile, time\n"
+        "from reparam_export import cli\n"
+        "from reparam_export.cli import inspect\n"
+        "def work(**_):\n"
+        "    with tempfile.TemporaryDirectory(dir='.'):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "inspect.command.callback = work\n"
+        "sys.argv = ['reparam-export', 'inspect', '.']\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr.strip()) == (130, "error: interrupted")
+    assert not list(tmp_path.iterdir())
+
+
 def test_inspect_reads_a_peft_folder_without_torch() -> None:
     folder = CASES["peft_lora"].folder
     code = (

@@ -6,7 +6,10 @@ A command is a module with the name ``command``; it is found by its file name an
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
+from typing import NoReturn
 
 import click
 
@@ -64,12 +67,13 @@ def cli() -> None:
 def main() -> None:
     """Entry point: runs the command; turns errors into one message and the documented exit code."""
     as_json = "--json" in sys.argv[1:]
+    signal.signal(signal.SIGTERM, _stop)
     try:
         cli.main(standalone_mode=False)
     except ReaderGoneError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what python flushes when it ends
         sys.exit(128 + 13)  # what a shell says of a command that SIGPIPE ended
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         _fail("Aborted", "interrupted", 130, as_json)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
@@ -86,6 +90,11 @@ def main() -> None:
 
         traceback.print_exc()
         _fail(type(error).__name__, f"internal error, please report it: {type(error).__name__}: {error}", 70, as_json)
+
+
+def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
+    """SIGTERM, from ``timeout`` or a cancelled CI job, is Ctrl-C: what was measured is kept, what is half written goes."""
+    raise KeyboardInterrupt
 
 
 def _fail(kind: str, message: str, code: int, as_json: bool) -> None:
