@@ -59,6 +59,7 @@ def bench(
         found,
         weights_sha256=model.certificate.weights_sha256,
         artifact_sha256=who.artifact_sha256,
+        engine_sha256=engines.sha256 if engines else "",
         precision=who.precision,
         structure=replace(who.structure, engines=engines.facts if engines else ()),
         notes=(*who.notes, *lack),

@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Engines:
-    """``paths`` by model, of those that can run here; ``facts``: a row a model: layers by type, plan bytes, the source of it."""
+    """``paths`` by model, of those that can run here; ``facts``: a row a model: layers by type, plan bytes, the source of it.
+
+    ``sha256``: of the folder's own engine.
+    """
 
     paths: dict[str, Path]
     facts: tuple[dict[str, Any], ...]
     builder: str | None
+    sha256: str
 
 
 def built(folder: Path, lineup: Lineup, model: VerifiedModel, scratch: Path) -> Engines | None:
@@ -52,7 +56,7 @@ def built(folder: Path, lineup: Lineup, model: VerifiedModel, scratch: Path) -> 
             )
         layers, source = _layers(paths[name], file, log, made)
         facts.append({"model": name, "layers": layers, "plan_bytes": made["size"], "source": source})
-    return Engines(paths if not details["ahead_of_time"] else {}, tuple(facts), details["builder"])
+    return Engines(paths if not details["ahead_of_time"] else {}, tuple(facts), details["builder"], entry["sha256"])
 
 
 def _options(details: Mapping[str, Any], signature: Signature) -> dict[str, Any]:

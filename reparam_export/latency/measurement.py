@@ -104,6 +104,7 @@ class Measurement:
     seconds: float
     weights_sha256: str = ""  # of the fused weights that were timed
     artifact_sha256: str = ""  # of the exported file that was timed as "fused"; empty: one that was written for it
+    engine_sha256: str = ""  # of the exported engine beside it; empty: there was none
     precision: str = ""  # of the files that were timed, "fp32", "fp16" or "bf16"; empty where it was not noted
     structure: Structure | None = None
     notes: tuple[str, ...] = ()

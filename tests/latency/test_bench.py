@@ -18,6 +18,7 @@ from conftest import CASES
 
 import reparam_export as rx
 from reparam_export.errors import CheckpointError, EquivalenceError, ExportError, MissingBackendError, UsageError
+from reparam_export.files import exported_sha256
 from reparam_export.folder import plain_json, save_evidence, save_fused
 from reparam_export.latency import bench, contenders, measurement, rounds
 from reparam_export.latency.measurement import Contest, from_json, verdict_of
@@ -494,6 +495,7 @@ def test_engines_of_base_unfused_and_fused_stand_side_by_side(tmp_path: Path, sy
     assert base["layers"] == fused["layers"]
     assert adapted["layers"]["MATRIX_MULTIPLY"] == base["layers"]["MATRIX_MULTIPLY"] + 24
     assert fused["plan_bytes"] == (tmp_path / "model.engine").stat().st_size
+    assert found.engine_sha256 == exported_sha256(tmp_path / "model.engine")
     assert abs(base["plan_bytes"] / fused["plan_bytes"] - 1) < 0.01
     assert adapted["plan_bytes"] > base["plan_bytes"] + 4 * 6 * 4 * 96
     assert "cannot be opened without a GPU" in base["source"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import FUSED, WEIGHTS, artifact, certificate, dump, measurement, write
+from folders import FUSED, WEIGHTS, artifact, audited, certificate, dump, measurement, write
 
 from reparam_export.errors import CheckpointError, ReparamError
 from reparam_export.folder import plain_json
@@ -38,13 +38,15 @@ def small() -> dict[str, Any]:
     content["verdict"] = content["cases"][0]["verdict"]
     row = {"model": "base", "layers": {"MATRIX_MULTIPLY": 73}, "plan_bytes": 9, "source": "network as parsed"}
     content["structure"]["engines"] = [row]
+    content["engine_sha256"] = "e9" * 32
     return content
 
 
 def folder(place: Path, content: dict[str, Any]) -> Path:
     """A proven folder in which nothing was changed: there is little to draw in it but the latency."""
     proof = certificate(layers=(), outputs=())
-    write(place, fused={**FUSED, "changed": {}}, proof=proof, artifacts=[artifact()])
+    plan = audited(artifact(path="model.engine", target="trt", sha256="e9" * 32))
+    write(place, fused={**FUSED, "changed": {}}, proof=proof, artifacts=[artifact(), plan])
     dump(place / "latency.json", content)
     return place
 

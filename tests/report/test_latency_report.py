@@ -116,9 +116,11 @@ def test_what_engines_consist_of_is_shown_with_its_source(tmp_path: Path, equal:
         for m, n in (("base", 73), ("adapted", 169), ("fused", 73))
     )
     assert equal.structure is not None
-    text = write_report(
-        folder(tmp_path, replace(equal, structure=replace(equal.structure, engines=engines)))
-    ).html.read_text()
+    found = replace(equal, structure=replace(equal.structure, engines=engines), engine_sha256="e9" * 32)
+    plan = audited(artifact(path="model.engine", target="trt", sha256="e9" * 32))
+    place = write(tmp_path, proof=certificate(), artifacts=[artifact(), plan], latency=found)
+    assert write_report(place).latency == "no added cost"
+    text = write_report(place).html.read_text()
     assert "TensorRT layers" in text
     assert (
         '<th scope="row">MATRIX_MULTIPLY</th><td class="n">73</td><td class="n">169</td><td class="n">73</td>' in text
@@ -216,9 +218,12 @@ def test_times_beside_an_engine_that_was_changed_are_of_nothing_that_is_proven(
 ) -> None:
     row = {"model": "fused", "layers": {"MATRIX_MULTIPLY": 73}, "plan_bytes": 9, "source": "network as parsed"}
     assert equal.structure is not None
-    found = replace(equal, structure=replace(equal.structure, engines=(row,)))
-    engine = audited(artifact(path="model.engine", target="trt"))
+    found = replace(equal, structure=replace(equal.structure, engines=(row,)), engine_sha256="e9" * 32)
+    engine, again = (audited(artifact(path="model.engine", target="trt", sha256=s * 32)) for s in ("e9", "a9"))
+    write(tmp_path, proof=certificate(), artifacts=[artifact(), again], latency=found)
+    assert_not_known(tmp_path, "it was measured with another engine")
     write(tmp_path, proof=certificate(), artifacts=[artifact(), engine], latency=found)
+    assert write_report(tmp_path).latency == "no added cost"
     (tmp_path / "model.engine").write_bytes(b"another plan")
     assert_not_known(tmp_path, "model.engine is not the file that was exported and compared")
 
