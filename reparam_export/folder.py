@@ -44,8 +44,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     )
 
 
-def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights, dtype: str | None = None) -> None:
-    """Write ``fused.safetensors`` and ``fused.json``; what later stages had left for other weights is removed.
+def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights, dtype: str | None = None) -> dict[str, Any]:
+    """Write ``fused.safetensors`` and ``fused.json``, which is returned; what later stages had left for other weights is removed.
 
     dtype: the storage that was asked for, where the weights' own is what was chosen for it.
     """
@@ -60,7 +60,9 @@ def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights, dtyp
     replace_file(folder / WEIGHTS, lambda path: save_safetensors(path, weights.tensors, metadata))
     recipe = replace(checkpoint.recipe, dtype=dtype or weights.dtype)
     digests = replace(recipe, base=checkpoint.base).digests()
-    write_json(folder / FUSED, record(checkpoint, weights) | {"recipe": asdict(recipe), "digests": digests})
+    found = record(checkpoint, weights) | {"recipe": asdict(recipe), "digests": digests}
+    write_json(folder / FUSED, found)
+    return found
 
 
 def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:

@@ -352,6 +352,7 @@ def record(checkpoint: Checkpoint, weights: FusedWeights) -> dict[str, Any]:
         "changed": {name: list(weights[name].shape) for name in weights.changed},
         "created": list(weights.created),
         "replaced": list(weights.replaced),
+        "narrowed": narrowed(checkpoint, lambda name: weights[name].dtype.itemsize if name in weights else None),
         "aliases": dict(weights.aliases),
         "bytes": sum(t.numel() * t.element_size() for t in weights.tensors.values()),
         "seconds": round(weights.seconds, 3),

@@ -59,7 +59,6 @@ def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool =
 
 
 def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, resume: bool, dry_run: bool) -> None:
-    from reparam_export.fusion import narrowed
     from reparam_export.report.numbers import size
     from reparam_export.streaming import expected, stream
 
@@ -90,7 +89,7 @@ def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, 
     console.line(
         f"fused {len(plan.checkpoint.adapters)} adapters into {len(record['changed'])} tensors: every stored entry proven"
     )
-    show_narrowed(console, narrowed(plan.checkpoint, plan.itemsize))
+    show_narrowed(console, record["narrowed"])
     console.line(kept_line(record["survival"]))
 
 
@@ -106,15 +105,15 @@ def show_narrowed(console: Console, names: list[str]) -> None:
 def memory_stage(console: Console, recipe: Recipe, folder: Path) -> None:
     from reparam_export import fuse as fuse_weights
     from reparam_export.folder import save_fused
-    from reparam_export.fusion import narrowed, survival_of
+    from reparam_export.fusion import survival_of
 
     with console.stage("fuse") as advance:
         checkpoint = recipe.read()
         weights = fuse_weights(checkpoint, recipe.dtype, advance)
-        save_fused(folder, checkpoint, weights, recipe.dtype)
+        record = save_fused(folder, checkpoint, weights, recipe.dtype)
     whole = f", {len(weights.replaced)} tensors taken whole" if weights.replaced else ""
     console.line(f"fused {len(checkpoint.adapters)} adapters into {len(weights.changed)} tensors{whole}")
-    show_narrowed(console, narrowed(checkpoint, lambda name: weights[name].dtype.itemsize if name in weights else None))
+    show_narrowed(console, record["narrowed"])
     if recipe.dtype == "auto":
         console.line(
             f"dtype: {'each layer its own' if weights.dtype == 'auto' else f'{weights.dtype}, one for all'}: {weights.storage()}"

@@ -78,6 +78,8 @@ def _proof_table(certificate: Certificate, evidence: Evidence) -> str:
     stack = [
         (name, code(str(fact))) for name, fact in checkpoint_facts(evidence).items() if name.endswith("of the stack")
     ]
+    fewer = evidence.fused["narrowed"]
+    narrowed = [("Taken whole, in fewer bits than trained", count(len(fewer)))] if fewer else []
     rows = [
         *stack,
         ("Layers", f"{exact} exact, {len(layers) - exact - wrong} rounded, {wrong} wrong, of {len(layers)}"),
@@ -86,6 +88,7 @@ def _proof_table(certificate: Certificate, evidence: Evidence) -> str:
             f"{percent(certificate.survival)}, {percent(least(layers))} in the layer that keeps least",
         ),
         ("Untouched tensors", f"{carried.equal} of {carried.compared} equal, {len(carried.replaced)} replaced"),
+        *narrowed,
         ("Graph nodes", f"{count(graph.nodes_fused)} ({_added(graph.nodes_base, graph.nodes_fused)})"),
         ("Graph bytes", f"{size(graph.bytes_fused)} ({_added(graph.bytes_base, graph.bytes_fused)})"),
     ]

@@ -186,6 +186,7 @@ def _provenance(evidence: Evidence) -> list[tuple[str, list[tuple[str, str]]]]:
     weights = {key: fused.get(key) for key in ("weights_sha256", "compute", "storage")}
     weights |= {"size": numbers.size(fused["bytes"]) if isinstance(fused.get("bytes"), int) else None}
     weights |= {"tensors changed": len(fused["changed"]), "biases created": fused["created"]}
+    weights |= {"taken whole, in fewer bits than trained": fused["narrowed"]}
     weights |= {"fused in": f"{numbers.number(fused['seconds'])} s" if _is_number(fused.get("seconds")) else None}
     groups: list[tuple[str, dict[str, Any]]] = [
         ("Checkpoint", checkpoint_facts(evidence)),

@@ -18,7 +18,7 @@ from typing import Any
 from reparam_export.errors import ExportError, FusionError
 from reparam_export.files import fingerprint, sha256
 from reparam_export.fit import check_trained_on
-from reparam_export.fusion import check_kept
+from reparam_export.fusion import check_kept, narrowed
 from reparam_export.hf_folder import carried
 from reparam_export.state import digest_of
 from reparam_export.streaming.formats import FORMATS, torch_name
@@ -142,6 +142,7 @@ def record_of(plan: Plan, staging: Staging, dtype: str | None, seconds: float) -
         "changed": {name: list(own[name].shape) for name in sorted(changed)},
         "created": list(plan.created),
         "replaced": sorted(checkpoint.replaced),
+        "narrowed": narrowed(checkpoint, plan.itemsize),
         "aliases": dict(plan.ties),
         "apart": sorted(apart),
         "untied": list(plan.untied),

@@ -392,6 +392,8 @@ def test_whole_tensors_are_rounded_once_to_the_storage_that_was_asked_for(tmp_pa
     plan = plan_of(read(path, numpy=True))
     assert narrowed(plan.checkpoint, plan.itemsize) == ["model.norm.weight"]
     assert torch.equal(fused_by_rows(path, tmp_path / "narrow")["model.norm.weight"], fine.bfloat16())
+    recorded = [json.loads((tmp_path / kept / "fused.json").read_text())["narrowed"] for kept in ("wide", "narrow")]
+    assert recorded == [[], ["model.norm.weight"]]
 
 
 def test_biases_of_zeros_are_a_change_of_nothing(tmp_path: Path) -> None:
