@@ -1,6 +1,6 @@
 """How often is ``bench`` wrong? 50 runs on two identical models, 50 runs on one with 5 % more multiply-adds.
 
-    python -m benchmarks.false_alarms                about two hours on two quiet cores; prints the counts
+    python -m benchmarks.false_alarms                about an hour on one core; prints the counts
     python -m benchmarks.false_alarms --runs 5       the first five of each
 
 ViT-Tiny, onnxruntime on the CPU, batch 1, one thread, margin 1 %. "More" is the same graph with a wider MLP. Every run is kept in

@@ -18,7 +18,11 @@ KEPT = sorted(RESULTS.glob("latency-*.json"))
 
 def test_the_latency_table_is_made_from_the_kept_results() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.split(latency.BEGIN)[1].split(latency.END)[0] == f"\n{latency.table() if KEPT else ''}"
+    assert readme.split(latency.BEGIN)[1].split(latency.END)[0] == f"\n{latency.table()}"
+
+
+def test_every_model_and_kind_was_measured() -> None:
+    assert {path.stem for path in KEPT} == {f"latency-{m}-{k}" for m in checkpoints.MODELS for k in checkpoints.KINDS}
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
