@@ -60,15 +60,16 @@ def _progress(name: str) -> Progress:
 def table() -> str:
     """The rows of all results that there are, and the machines they were made on."""
     rows: list[str] = []
-    machines: dict[str, None] = {}
+    machines: dict[str, list[float]] = {}
     for model in MODELS:
         for kind in KINDS:
             path = RESULTS / f"latency-{model}-{kind}.json"
             if path.is_file():
                 found = from_json(json.loads(path.read_text(encoding="utf-8")))
                 rows += [_row(model, kind, case) for case in found.cases]
-                machines[_machine(found)] = None
-    return HEAD + "".join(rows) + "\n" + "\n".join(machines) + "\n"
+                machines.setdefault(_machine(found), []).extend(found.machine[at]["load"] for at in ("before", "after"))
+    lines = (f"{machine}; load {min(load):.1f} to {max(load):.1f}.\n" for machine, load in machines.items())
+    return HEAD + "".join(rows) + "\n" + "".join(lines)
 
 
 def _row(model: str, kind: str, case: Case) -> str:
@@ -92,11 +93,10 @@ def _factor(ratio: Ratio) -> str:
 
 
 def _machine(found: Measurement) -> str:
-    machine, load = found.machine, [found.machine[when]["load"] for when in ("before", "after")]
-    versions = machine["versions"]
+    machine, versions = found.machine, found.machine["versions"]
     return (
         f"Measured on {machine['processor']}, {machine['usable CPUs']} CPUs ({machine['system']}), {found.settings['threads']} thread, "
-        f"onnxruntime {versions['onnxruntime-gpu']}, torch {versions['torch']}; load {min(load):.1f} to {max(load):.1f}."
+        f"onnxruntime {versions['onnxruntime-gpu']}, torch {versions['torch']}"
     )
 
 
