@@ -294,4 +294,4 @@ def test_samples_of_another_model_are_refused(exported: Path, tmp_path: Path) ->
     np.savez(tmp_path / "x.npz", pixels=np.zeros((1, 3, 32, 32), np.float32))
     result = run("compare", exported, exported, "--inputs", tmp_path / "x.npz", "--no-latency")
     assert result.exit_code == 2
-    assert "expected the arrays image" in error_of(result)
+    assert "takes image; the samples are pixels" in error_of(result)
