@@ -7,6 +7,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     Array = np.ndarray[Any, Any]
+    Shape = tuple[int | str, ...]
 
 FREE_AXIS = 16  # size of a dynamic axis other than the batch, when no inputs are given
 SAMPLES = 16
@@ -35,6 +37,18 @@ class Side:
     def folder(self) -> bool:
         """Is it an output folder, from which a torch module can be built?"""
         return self.path.is_dir()
+
+    @cached_property
+    def inputs(self) -> dict[str, tuple[Shape, str]]:
+        """Shape and numpy dtype of the inputs of its ONNX file by name; empty without one."""
+        import onnx
+
+        found: dict[str, tuple[Shape, str]] = {}
+        for value in onnx.load(str(self.onnx), load_external_data=False).graph.input if self.onnx else ():
+            tensor = value.type.tensor_type
+            shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in tensor.shape.dim)
+            found[value.name] = shape, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+        return found
 
 
 def side(path: Path) -> Side:
@@ -62,7 +76,7 @@ def samples_for(left: Side, inputs: Path | None) -> dict[str, Array]:
 
     place = left.path if left.folder else left.path.parent
     if inputs is not None:
-        given = _read(inputs, left.onnx)
+        given = _read(inputs, left)
         why = refused(left, given)
         if why:
             raise UsageError(f"inputs {inputs}: {why}")
@@ -74,9 +88,9 @@ def samples_for(left: Side, inputs: Path | None) -> dict[str, Array]:
         raise UsageError(f"{left.path}: nothing says what its inputs are; pass them with --inputs FILE.npz")
     chance = np.random.default_rng(0)
     drawn: dict[str, Array] = {}
-    for name, shape, dtype in inputs_of(left.onnx):
-        free = (SAMPLES, *[FREE_AXIS] * len(shape))  # a batch, and whatever else the file leaves open
-        sizes = [size if isinstance(size, int) else other for size, other in zip(shape, free, strict=False)]
+    for name, (shape, dtype) in left.inputs.items():
+        free = [FREE_AXIS if axis else SAMPLES for axis in range(len(shape))]
+        sizes = [size if isinstance(size, int) else free[axis] for axis, size in enumerate(shape)]
         kind = np.dtype(dtype)
         whole = np.issubdtype(kind, np.integer) or kind == np.bool_
         drawn[name] = (chance.integers(0, 2, sizes) if whole else chance.standard_normal(sizes)).astype(kind)
@@ -98,10 +112,11 @@ def answers(one: Side, samples: Mapping[str, Array], *, engine: bool) -> dict[st
 
 def refused(one: Side, samples: Mapping[str, Array]) -> str | None:
     """Why a side's ONNX file does not take the samples: other names, shapes or dtypes. None: it takes them."""
-    takes = {name: (shape, dtype) for name, shape, dtype in inputs_of(one.onnx)} if one.onnx else {}
-    if one.onnx and takes.keys() != samples.keys():
-        return f"{one.path} takes {', '.join(sorted(takes))}; the samples are {', '.join(samples)}"
-    for name, (shape, dtype) in takes.items():
+    if one.onnx is None:
+        return None
+    if one.inputs.keys() != samples.keys():
+        return f"{one.path} takes {', '.join(sorted(one.inputs))}; the samples are {', '.join(samples)}"
+    for name, (shape, dtype) in one.inputs.items():
         given = samples[name]
         fits = [isinstance(size, str) or size == n for size, n in zip(shape, given.shape, strict=False)]
         if len(shape) != given.ndim or not all(fits) or str(given.dtype) != dtype:
@@ -110,22 +125,10 @@ def refused(one: Side, samples: Mapping[str, Array]) -> str | None:
     return None
 
 
-def inputs_of(path: Path) -> list[tuple[str, tuple[int | str, ...], str]]:
-    """Name, shape and numpy dtype of the inputs of an ONNX file."""
-    import onnx
-
-    found = []
-    for value in onnx.load(str(path), load_external_data=False).graph.input:
-        tensor = value.type.tensor_type
-        shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in tensor.shape.dim)
-        found.append((value.name, shape, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))))
-    return found
-
-
-def _read(path: Path, file: Path | None) -> dict[str, Array]:
+def _read(path: Path, one: Side) -> dict[str, Array]:
     import numpy as np
 
-    names = [name for name, _, _ in inputs_of(file)] if file else []
+    names = list(one.inputs)
     try:
         with path.open("rb") as stream:
             loaded = np.load(stream, allow_pickle=False)

@@ -39,7 +39,7 @@ def loaded(path: Path) -> ir.Model:
         model = ir.from_proto(proto)
     except Exception as error:  # protobuf's own types
         raise ExportError(f"{path}: cannot be read as ONNX ({type(error).__name__}: {error})") from error
-    sparse = ", ".join(_sparse(proto.graph)) or ", ".join(n for f in proto.functions for n in _sparse(f))
+    sparse = ", ".join(name for graph in (proto.graph, *proto.functions) for name in _sparse(graph))
     if sparse:  # onnx_ir drops them without a word
         raise ExportError(f"{path}: cannot be compared: the initializer {sparse} is sparse; store it as a dense tensor")
     for graph in (model.graph, *(function.graph for function in model.functions.values())):

@@ -39,7 +39,7 @@ REMEDIES = {  # FOLDER stands for the folder
     "analysis.json": "`reparam-export inspect CHECKPOINT --analyse -o FOLDER`",
 }
 UNPRINTABLE = {"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"}  # controls, invisible marks, surrogates, non-characters, line ends
-FUSED_DICTS, FUSED_LISTS = ("checkpoint", "base", "storage", "changed"), ("created", "narrowed")
+FUSED_KEYS = {"checkpoint": dict, "base": dict, "storage": dict, "changed": dict, "created": list, "narrowed": list}
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,7 @@ def _damaged(folder: Path, name: str, reason: str) -> CheckpointError:
 def _check_fused(folder: Path, fused: dict[str, Any]) -> None:
     if not isinstance(fused.get("weights_sha256"), str):
         raise _damaged(folder, "fused.json", "weights_sha256 is missing")
-    kinds: dict[str, type] = {**dict.fromkeys(FUSED_DICTS, dict), **dict.fromkeys(FUSED_LISTS, list)}
-    for key, kind in kinds.items():
+    for key, kind in FUSED_KEYS.items():
         if not isinstance(fused.setdefault(key, kind()), kind):
             raise _damaged(folder, "fused.json", f"{key} is not a {kind.__name__}")
 

@@ -49,7 +49,7 @@ def _of_other_files(found: Measurement, exported: Sequence[Exported]) -> str:
             f"the exported {first.path} ({first.precision}) was not timed, but a file that was written for the "
             f"measurement{f', in {found.precision}' if found.precision else ''}"
         )
-    timed, engine = _exported("onnx", found.artifact_sha256, exported), _exported("trt", found.engine_sha256, exported)
+    timed, engine = _entry("onnx", found.artifact_sha256, exported), _entry("trt", found.engine_sha256, exported)
     if found.artifact_sha256 and timed is None:
         return "it was measured with another export"
     if found.structure and found.structure.engines and engine is None:
@@ -65,7 +65,7 @@ def _timed(found: Measurement, folder: Path, exported: Sequence[Exported]) -> st
     if not found.artifact_sha256:
         precision = f" in {found.precision}" if found.precision else ""
         return f"a file that was written{precision} for the measurement, not an exported one"
-    timed = _exported("onnx", found.artifact_sha256, exported)
+    timed = _entry("onnx", found.artifact_sha256, exported)
     digest = f"sha256 {found.artifact_sha256[:12]}"
     if timed is None:
         return f"an exported file of {digest}"
@@ -73,7 +73,7 @@ def _timed(found: Measurement, folder: Path, exported: Sequence[Exported]) -> st
     return f"{timed.artifact.path} ({timed.artifact.precision}, {digest}){gone}"
 
 
-def _exported(target: str, sha256: str, exported: Sequence[Exported]) -> Exported | None:
+def _entry(target: str, sha256: str, exported: Sequence[Exported]) -> Exported | None:
     """The entry of the exported file that was timed; None for a digest that none has, or none at all."""
     same = (e for e in exported if e.artifact.target == target and e.artifact.sha256 == sha256)
     return next(same, None) if sha256 else None

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import WEIGHTS, artifact, audited, certificate, graph, layer, output, write
+from folders import FUSED, WEIGHTS, artifact, audited, certificate, graph, layer, output, write
 from junitparser import JUnitXml
 
 from reparam_export.report import write_report
@@ -149,3 +149,13 @@ def test_sizes_step_by_a_thousand() -> None:
         "0 nodes",
     ]
     assert [signed(text) for text in ("0", "0 B", "12", "-3.1 kB", "–")] == ["0", "0 B", "+12", "-3.1 kB", "–"]
+
+
+def test_tensors_stored_in_fewer_bits_than_they_were_trained_in_are_named(tmp_path: Path) -> None:
+    said = "aken whole, in fewer bits than trained"
+    assert said not in write_report(write(tmp_path, proof=certificate())).markdown.read_text()
+    report = write_report(write(tmp_path, fused={**FUSED, "narrowed": ["norm.scale"]}, proof=certificate()))
+    assert f"T{said} | 1 |" in report.markdown.read_text()
+    page = report.html.read_text()
+    assert f"t{said}" in page
+    assert "norm.scale" in page
