@@ -255,13 +255,7 @@ def read_inputs(path: Path, signature: Signature) -> dict[str, Tensor]:
     import torch
 
     expected = {i.name: i for i in signature.inputs}
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            several = hasattr(loaded, "files")
-            arrays = {k: loaded[k] for k in loaded.files} if several else {next(iter(expected)): loaded}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"inputs {path}: expected a .npy or .npz file of arrays; found {first_line(error)}") from error
+    arrays = read_arrays(path, next(iter(expected)))
     if set(expected) - set(arrays) == {"attention_mask"} and "input_ids" in arrays:
         arrays["attention_mask"] = np.ones(arrays["input_ids"].shape, np.int64)
     if set(arrays) != set(expected):
@@ -273,6 +267,27 @@ def read_inputs(path: Path, signature: Signature) -> dict[str, Tensor]:
     for name, i in expected.items():
         _check_array(path, i, arrays[name], axes)
     return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in expected}
+
+
+def read_arrays(path: Path, single: str | None) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of an ``.npz`` file by name, or that of an ``.npy`` file as ``single``; None: there must be several.
+
+    Raises UsageError for anything else; a zip archive of other things, as a ``.pt`` file is, opens as an ``.npz`` does.
+    """
+    import numpy as np
+
+    try:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if not hasattr(loaded, "files") and single is None:
+                raise UsageError(f"inputs {path}: expected an .npz file with an array for every input; found one array")
+            arrays = {n: loaded[n] for n in loaded.files} if hasattr(loaded, "files") else {str(single): loaded}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"inputs {path}: expected a .npy or .npz file of arrays; found {first_line(error)}") from error
+    other = next((name for name, array in arrays.items() if not isinstance(array, np.ndarray)), None)
+    if other is not None:
+        raise UsageError(f"inputs {path}: expected a .npy or .npz file of arrays; found {other}, which is none")
+    return arrays
 
 
 def _check_array(path: Path, i: Input, array: np.ndarray[Any, Any], axes: dict[str, int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.errors import UsageError
+from reparam_export.models import read_arrays
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +76,7 @@ def samples_for(left: Side, inputs: Path | None) -> dict[str, Array]:
 
     place = left.path if left.folder else left.path.parent
     if inputs is not None:
-        given = _read(inputs, left)
+        given = read_arrays(inputs, next(iter(left.inputs)) if len(left.inputs) == 1 else None)
         why = refused(left, given)
         if why:
             raise UsageError(f"inputs {inputs}: {why}")
@@ -123,22 +123,6 @@ def refused(one: Side, samples: Mapping[str, Array]) -> str | None:
             expected, found = (f"{'x'.join(map(str, s))} {d}" for s, d in ((shape, dtype), (given.shape, given.dtype)))
             return f"{one.path} takes {name} as {expected}; the samples are {found}"
     return None
-
-
-def _read(path: Path, one: Side) -> dict[str, Array]:
-    import numpy as np
-
-    names = list(one.inputs)
-    try:
-        with path.open("rb") as stream:
-            loaded = np.load(stream, allow_pickle=False)
-            several = hasattr(loaded, "files")
-            if not several and len(names) != 1:
-                raise UsageError(f"inputs {path}: expected an .npz file with an array for every input; found one array")
-            arrays: dict[str, Array] = {n: loaded[n] for n in loaded.files} if several else {names[0]: loaded}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"inputs {path}: expected a .npy or .npz file of arrays; found {error}") from error
-    return arrays
 
 
 def _of_safetensors(paths: Sequence[Path]) -> Iterator[tuple[str, Array]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,3 +296,16 @@ def test_samples_of_another_model_are_refused(exported: Path, tmp_path: Path) ->
     result = run("compare", exported, exported, "--inputs", tmp_path / "x.npz", "--no-latency")
     assert result.exit_code == 2
     assert "takes image; the samples are pixels" in error_of(result)
+
+
+@pytest.mark.parametrize("command", ["compare", "verify"])
+def test_an_archive_of_other_things_is_no_file_of_inputs(exported: Path, tmp_path: Path, command: str) -> None:
+    """numpy opens any zip archive as an .npz, and gives bytes for what is no array in it."""
+    with zipfile.ZipFile(tmp_path / "inputs.npz", "w") as archive:
+        archive.writestr("image", b"no array")
+    torch.save({"a": torch.ones(2)}, tmp_path / "ckpt.pt")
+    words = [command, exported, exported, "--no-latency"] if command == "compare" else [command, exported]
+    for name in ("inputs.npz", "ckpt.pt"):
+        result = run(*words, "--inputs", tmp_path / name)
+        assert result.exit_code == 2
+        assert "expected a .npy or .npz file of arrays; found" in error_of(result)
