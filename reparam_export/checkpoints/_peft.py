@@ -6,6 +6,7 @@ other settings, which peft knows and the formula does not, goes through peft's o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -87,6 +88,12 @@ class Layer:
         if value is None:
             raise CheckpointError(f"{self.source.path}: adapter_config.json has no {name}, which {self.module} needs")
         return value
+
+
+def scale_of(layer: Layer, rank: int) -> float:
+    """LoRA's: alpha / r, or alpha / sqrt(r) with ``use_rslora``."""
+    alpha = float(layer.own("alpha_pattern", "lora_alpha"))
+    return alpha / math.sqrt(rank) if layer.source.config.get("use_rslora") else alpha / rank
 
 
 MakeParams = Callable[[Layer], "tuple[str, Any]"]  # the kind's name and its Params

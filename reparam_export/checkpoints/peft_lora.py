@@ -8,31 +8,27 @@ made. What has no weights that reproduce it, or no base that can be had again, i
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from reparam_export.adapters import dora, lora
 from reparam_export.affine import Affine, Bottleneck, Tensor
-from reparam_export.checkpoints import Adapter, Claim, Parts, Source, as_matrix
+from reparam_export.checkpoints import Adapter, Parts, Source, as_matrix
 from reparam_export.checkpoints._peft import (
     PREFIX,
     Layer,
     check_dilation,
     looked_for,
-    named,
     of_type,
-    on_base,
     other_settings,
     parts_of,
+    scale_of,
 )
 from reparam_export.checkpoints._peft_layers import read_layers
+from reparam_export.checkpoints._peft_parameters import read_parameters
 from reparam_export.errors import FusionError, NotAffineError, TensorMismatchError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 LOOKED_FOR = looked_for("LORA")
 READ = ("alpha_pattern", "lora_alpha", "lora_bias", "r", "rank_pattern", "target_parameters", "use_dora", "use_rslora")
@@ -66,11 +62,12 @@ def read(source: Source) -> Parts:
     claim = source.claim()
     claim.take_all(OF_TRAINING.search)
     modules = dict.fromkeys(m["module"] for name in claim.names() if (m := PAIR.fullmatch(name)))
-    if source.config.get("target_parameters"):
-        return _of_parameters(source, claim, list(modules))
-    adapters = [_adapter(Layer(source, claim, full), list(modules)) for full in modules]
     convolutions = any(len(t.shape) > 2 for name, t in source.tensors.items() if PAIR.fullmatch(name))
-    parts = parts_of(source, claim, adapters, check_dilation if convolutions else None)
+    check = check_dilation if convolutions else None
+    if source.config.get("target_parameters"):
+        return read_parameters(source, claim, list(modules), lambda layer: _adapter(layer, list(modules)), check)
+    adapters = [_adapter(Layer(source, claim, full), list(modules)) for full in modules]
+    parts = parts_of(source, claim, adapters, check)
     return replace(parts, notes=(TWICE,)) if any(a.parameter for a in adapters) else parts
 
 
@@ -145,85 +142,3 @@ def _check_pair(layer: Layer, a: Tensor, b: Tensor) -> None:
             expected=("out", rank),
             found=tuple(b.shape),
         )
-
-
-def scale_of(layer: Layer, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r)."""
-    alpha = float(layer.own("alpha_pattern", "lora_alpha"))
-    return alpha / math.sqrt(rank) if layer.source.config.get("use_rslora") else alpha / rank
-
-
-def _of_parameters(source: Source, claim: Claim, modules: Sequence[str]) -> Parts:
-    """``target_parameters``: peft wraps a module once for each of its targeted parameters, in the module's own order.
-
-    The innermost wrapper, whose name has the most ``base_layer``, holds the first of them. Which parameters a module has, and how a stack
-    of matrices lies in memory, only the base knows.
-    """
-    pairs = {full: (*_pair(Layer(source, claim, full)), Layer(source, claim, full)) for full in modules}
-    parameters = [str(name) for name in source.config["target_parameters"]]
-    owner = {full: re.sub(r"(?:\.base_layer)+\Z", "", full).removeprefix(PREFIX) for full in modules}
-
-    def bind(module: nn.Module) -> list[Adapter]:
-        found: list[Adapter] = []
-        for name in dict.fromkeys(owner.values()):
-            target = module.get_submodule(name)
-            own = [p for p, _ in target.named_parameters(recurse=False) if named(f"{name}.{p}", parameters)]
-            wrappers = sorted(
-                (full for full in modules if owner[full] == name), key=lambda full: -full.count(".base_layer")
-            )
-            if not own:
-                found.append(_plain(source, name, *pairs[wrappers[0]]))
-                continue
-            if len(own) != len(wrappers):
-                raise FusionError(
-                    f"{source.path}: {name}: the file adapts {len(wrappers)} of its parameters, target_parameters names {', '.join(own)}"
-                )
-            for parameter, full in zip(own, wrappers, strict=True):
-                found += _on_parameter(source, name, parameter, target.get_parameter(parameter), *pairs[full])
-        return [*found, *on_base(None, parts.adapters[len(pairs) :], module)]
-
-    waiting = [
-        Adapter(
-            owner[full],
-            "lora",
-            lora.Params(Bottleneck(Affine(a), Affine(b)), scale_of(layer, int(a.shape[0]))),
-            parameter=full,
-        )
-        for full, (a, b, layer) in pairs.items()
-    ]
-    parts = parts_of(source, claim, waiting)
-    return replace(parts, bind=bind, covers=lambda names: [], only=False)
-
-
-def _plain(source: Source, name: str, a: Tensor, b: Tensor, layer: Layer) -> Adapter:
-    """A module of ``target_modules`` beside the targeted parameters."""
-    return Adapter(
-        name,
-        "lora",
-        lora.Params(Bottleneck(Affine(as_matrix(a)), Affine(as_matrix(b))), scale_of(layer, int(a.shape[0]))),
-    )
-
-
-def _on_parameter(
-    source: Source, name: str, parameter: str, tensor: Tensor, a: Tensor, b: Tensor, layer: Layer
-) -> list[Adapter]:
-    """One adapter for a matrix, one for each matrix of a stack: rows (expert, r) of A, columns (r, expert) of B."""
-    experts = 1 if tensor.ndim == 2 else int(tensor.shape[0])
-    rank, left = divmod(int(a.shape[0]), experts)
-    if tensor.ndim not in (2, 3) or left:
-        raise FusionError(
-            f"{name}.{parameter}: a parameter of shape {tuple(tensor.shape)} and lora_A of {tuple(a.shape)} do not fit; expected 2 or 3 "
-            "dimensions, and a rank for each matrix of a stack"
-        )
-    scale = scale_of(replace(layer, full=f"{PREFIX}{name}"), rank)
-    downs, ups = a.reshape(experts, rank, -1), b.reshape(b.shape[0], rank, experts)
-    return [
-        Adapter(
-            name,
-            "lora",
-            lora.Params(Bottleneck(Affine(downs[e]), Affine(ups[..., e])), scale),
-            parameter=parameter,
-            expert=None if tensor.ndim == 2 else e,
-        )
-        for e in range(experts)
-    ]

@@ -102,7 +102,35 @@ class Mixture(nn.Module):
         return self.head(self.experts(torch.tanh(self.fc(x))))
 
 
+class Transposed(nn.Module):
+    """Stacks of matrices (in, out), as in gpt-oss, with more outputs than inputs."""
+
+    is_transposed = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(2, 12, 16) / 4), nn.Parameter(torch.randn(2, 16, 12) / 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(torch.einsum("eio,...i->...eo", self.up, x))
+        return torch.einsum("eio,...ei->...o", self.down, y)
+
+
+class Everything(nn.Module):
+    """Tokens, layers of several kinds and experts of both memory orders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc, self.experts = nn.Embedding(30, 12), nn.Linear(12, 12), Experts()
+        self.mixed, self.conv, self.head = Transposed(), nn.Conv1d(12, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.mixed(self.experts(torch.tanh(self.fc(self.embed(ids)))))
+        return self.head(torch.tanh(self.conv(x.transpose(1, 2))).mean(-1))
+
+
 INPUTS = {
+    Everything: "ids=batch,7:int64:30",
     Linears: "x=batch,12:float32",
     Convolutions: "x=batch,4,6,6:float32",
     Tokens: "ids=batch,7:int64:30",
@@ -230,7 +258,41 @@ CASES = [
         Mixture,
         r=2,
         lora_alpha=7,
-        target_parameters=["experts.up", "experts.down", "experts.router"],
+        target_parameters=EXPERTS,
+    ),
+    case(
+        "lora experts patterns",
+        peft.LoraConfig,
+        ["fc"],
+        Mixture,
+        r=4,
+        lora_alpha=7,
+        target_parameters=EXPERTS,
+        rank_pattern={r".*\.up": 3, "experts.router": 2},
+        alpha_pattern={r"(.*\.)?down": 5, "experts.router": 3, "fc": 11},
+    ),
+    case(
+        "lora experts rslora and layers of every kind",
+        peft.LoraConfig,
+        ["embed", "fc", "conv"],
+        Everything,
+        r=4,
+        lora_alpha=7,
+        use_rslora=True,
+        target_parameters=["experts.up", "mixed.up", "mixed.down"],
+        rank_pattern={"mixed.down": 2, "embed": 3},
+        alpha_pattern={"mixed.up": 5, "embed": 6, "conv": 3},
+        modules_to_save=["head"],
+    ),
+    case(
+        "lora experts and tokens",
+        peft.LoraConfig,
+        ["fc"],
+        Everything,
+        r=2,
+        lora_alpha=7,
+        target_parameters=["experts.down", "mixed.up"],
+        trainable_token_indices={"embed": [2, 7, 29]},
     ),
     case(
         "lora parameter of a layer",

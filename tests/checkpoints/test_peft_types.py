@@ -240,3 +240,26 @@ def test_an_adapter_that_was_never_trained_is_refused(tmp_path: Path) -> None:
         shake(adapted)
     with pytest.raises(FusionError, match="changes nothing"):
         rx.fuse(rx.read(tmp_path / "adapter", spec, inputs=["x=batch,12:float32"]))
+
+
+def changed(adapter: Path, **settings: Any) -> Path:
+    """The folder with other settings in its configuration."""
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return adapter
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"target_parameters": ["experts.up", "experts.down", "experts.router", "experts.sideways"]}, "sideways"),
+        ({"target_parameters": ["experts.up", "experts.down"]}, "3 of them in the file"),
+        ({"rank_pattern": {"experts.up": 3}}, "says rank 3, the tensors have rank 2"),
+    ],
+)
+def test_targeted_parameters_that_the_file_or_the_base_lacks_are_refused(
+    settings: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    checkpoint, _ = next(c for c in CASES if c.name == "lora experts").make(tmp_path)
+    with pytest.raises(ReparamError, match=named):
+        rx.fuse(rx.read(changed(tmp_path / "adapter", **settings), checkpoint.base, inputs=checkpoint.inputs))
