@@ -6,6 +6,7 @@ The plainest language models are known here by their ``model_type``, so that nei
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -44,6 +45,13 @@ CARRIED = (
     ".merges",
 )  # config, tokenizer; never code
 NOT_CARRIED = (".index.json", "adapter_config.json")
+WIDER = {  # a dtype -> those that hold every number of it; the narrowest of two first
+    "bfloat16": ("bfloat16", "float32", "float64"),
+    "float16": ("float16", "float32", "float64"),
+    "float32": ("float32", "float64"),
+    "float64": ("float64",),
+}
+DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Structure:
 
     ``transposed``: modules that store (in, out). ``ties``: a tensor's other name -> the name that holds it in the files. ``order``: modules
     with a weight, as the model has them; ``refused``: modules that cannot be folded, with the reason. ``shapes``: of every parameter, None
-    where it is not known.
+    where it is not known. ``wide``: as ``held_wide`` says.
     """
 
     transposed: frozenset[str]
@@ -61,6 +69,7 @@ class Structure:
     order: tuple[str, ...]
     refused: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] | None = None
+    wide: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def folder_of(spec: str | None) -> Path | None:
@@ -153,7 +162,57 @@ def _built(module: nn.Module, names: Collection[str]) -> Structure:
         holder = next((n for n in group if n in names), group[0])
         ties |= {n: holder for n in group if n != holder}
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
-    return Structure(frozenset(transposed), frozenset(embeddings), ties, tuple(order), refused, shapes)
+    wide = held_wide(module)
+    return Structure(frozenset(transposed), frozenset(embeddings), ties, tuple(order), refused, shapes, wide)
+
+
+def held_wide(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each 16-bit dtype, patterns of the names that transformers' loader holds in float32 all the same (as routers)."""
+    always = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return {"bfloat16": always, "float16": (*always, *(getattr(model, "_keep_in_fp32_modules", None) or ()))}
+
+
+def retyped(
+    config: Mapping[str, Any], stored: Mapping[str, str], wide: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The config with the dtype that its tensors are stored in, and the entries that this changes, those of its parts with dots.
+
+    Stock loaders cast every tensor to the one dtype that a config names; where it names none, to that of the first tensor. Of
+    tensors in several dtypes it is the narrowest that holds all of their numbers, so that nothing is lost.
+    stored: name -> dtype as torch names it, of all tensors; wide: as ``held_wide`` says.
+    """
+    floats = {name: dtype for name, dtype in stored.items() if dtype in WIDER}
+    dtype = next((said for said in WIDER if not _cast(floats, said, wide)), None)
+    named = any(config.get(key) for key in DTYPE_KEYS)
+    if dtype is None or not floats or not (named or len(set(floats.values())) > 1):
+        return dict(config), {}
+    changed: dict[str, str] = {}
+    made = _with_dtype(config, dtype, "", changed)
+    if not named:
+        made["dtype"] = changed["dtype"] = dtype
+    return made, changed
+
+
+def _cast(stored: Mapping[str, str], said: str, wide: Mapping[str, tuple[str, ...]]) -> bool:
+    """Would a config that says this dtype lose digits of any tensor?"""
+    held = re.compile("|".join(pattern.replace("*", ".*") for pattern in wide.get(said, ())) or r"\Z\A.")
+    return any(
+        said not in WIDER[dtype] and not (dtype == "float32" and held.search(name)) for name, dtype in stored.items()
+    )
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str, place: str, changed: dict[str, str]) -> dict[str, Any]:
+    """A config, or a part of one, that says ``dtype`` wherever it names one; ``changed`` takes what it said otherwise."""
+    made: dict[str, Any] = {}
+    for key, value in config.items():
+        made[key] = value
+        if isinstance(value, Mapping):
+            made[key] = _with_dtype(value, dtype, f"{place}{key}.", changed)
+        elif key in DTYPE_KEYS and isinstance(value, str) and value.removeprefix("torch.") in WIDER:
+            made[key] = dtype
+            if value.removeprefix("torch.") != dtype:
+                changed[f"{place}{key}"] = dtype
+    return made
 
 
 def bias_switches(

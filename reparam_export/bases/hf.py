@@ -81,6 +81,38 @@ def skeleton(base: Base) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
+def stock(folder: Path) -> nn.Module:
+    """The model as anyone loads it who knows the folder alone: ``AutoModel...from_pretrained(folder)``, no argument given.
+
+    The auto class is the one that has the config's class, else that class itself. Raises CheckpointError when transformers does not take
+    the folder, or lacks a tensor.
+    """
+    import transformers
+
+    with _quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            name = next(iter(config.architectures or ()), "")
+            autos = (getattr(transformers, text) for text in dir(transformers) if text.startswith("AutoModel"))
+            found = (auto for auto in autos if _class_of(auto, config) == name)
+            loader = next(found, None) or getattr(transformers, name)
+            model, info = loader.from_pretrained(folder, output_loading_info=True)
+        except Exception as error:  # of transformers' many kinds, one meaning
+            raise CheckpointError(f"{folder}: {first_line(error)}") from error
+    odd = sorted({*info["missing_keys"], *(str(key) for key, *_ in info["mismatched_keys"])})
+    if odd:
+        raise CheckpointError(f"{folder}: {odd[0]} is missing or of another shape")
+    model.eval().requires_grad_(False)
+    return model  # type: ignore[no-any-return]
+
+
+def _class_of(auto: Any, config: Any) -> str | None:
+    """The name of the class that an auto class takes for a config."""
+    mapping = getattr(auto, "_model_mapping", None)
+    found = None if mapping is None else mapping.get(type(config), None)
+    return getattr(found, "__name__", None)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """transformers without its progress bars, its log lines and its warnings about legacy files."""

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from reparam_export.errors import ExportError
 from reparam_export.exporters.artifact import Artifact
 from reparam_export.files import plain_shard_name, read_json, save_safetensors, sha256
-from reparam_export.hf_folder import bias_switches, carried, folder_of
+from reparam_export.hf_folder import DTYPE_KEYS, bias_switches, carried, folder_of, held_wide, retyped
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from reparam_export.verification import VerifiedModel
 
@@ -68,9 +68,16 @@ def _artifact(target: Path, model: VerifiedModel, details: dict[str, Any], start
         sha256=sha256(target),
         weights_sha256=model.certificate.weights_sha256,
         ran=target.is_dir(),
-        note=STOCK if target.is_dir() else "read back bit for bit",
+        note=STOCK + _said(details) if target.is_dir() else "read back bit for bit",
         details={**details, "seconds": round(time.perf_counter() - started, 2)},
     )
+
+
+def _said(details: Mapping[str, Any]) -> str:
+    """What config.json says otherwise than the base's of the dtype."""
+    changed = details.get("config_changed") or {}
+    dtype = next((value for key, value in changed.items() if key in DTYPE_KEYS), None)
+    return f" (config.json says {dtype} now, as they are stored)" if dtype else ""
 
 
 def is_streamed(folder: Path) -> bool:
@@ -110,7 +117,9 @@ def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], mod
         tensors[name] = torch.zeros(weight.shape[0], dtype=weight.dtype)
     changed = class_of(config, model) | switched
     config.pop("auto_map", None)
-    config |= changed
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    config, dtype = retyped(config | changed, dtypes, held_wide(model.module()))
+    changed |= dtype
     (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shards = shard_of(source, tensors)
     names = sorted(set(shards.values()))
@@ -160,24 +169,54 @@ def read_back(path: Path) -> dict[str, Tensor]:
 
 
 def _load_with_transformers(folder: Path, tensors: Mapping[str, Tensor], model: VerifiedModel) -> None:
-    """Raises ExportError unless stock transformers loads the folder with these tensors, and answers as the proven model does."""
+    """Raises ExportError unless stock transformers loads the folder, told nothing but its name, with these tensors, and answers as the
+    proven model does."""
     import torch
 
+    from reparam_export.bases.hf import stock
     from reparam_export.errors import ReparamError
-    from reparam_export.models import Base
     from reparam_export.verification.outputs import run
 
     try:
-        module, signature = Base(f"hf:{folder}", inputs=model.signature.inputs).build()
-        state = module.state_dict()
+        module = stock(folder)
     except ReparamError as error:
         raise ExportError(f"transformers does not take the fused folder: {error}") from error
-    _same({name: state[name] for name in tensors if name in state}, tensors, "the folder as transformers loads it")
+    state, what = module.state_dict(), "the folder as transformers loads it"
+    for name, tensor in tensors.items():
+        if name in state and not _holds(state[name], tensor):
+            raise ExportError(
+                f"{what}: tensor {name} was written as {tensor.dtype} and is loaded as {state[name].dtype} with other numbers"
+            )
+    proven = model.module()
+    _run_alike(module, proven)
     dtype = getattr(torch, model.reference.dtype)
     few = {name: tensor[:2] for name, tensor in model.reference.inputs.items()}
-    pairs = zip(*(run(m.to(dtype), signature, few, dtype) for m in (module, model.module())), strict=True)
+    pairs = zip(*(run(m.to(dtype), model.signature, few, dtype) for m in (module, proven)), strict=True)
     if not all(torch.equal(a, b) for a, b in pairs):
         raise ExportError("the fused folder, as transformers loads it, answers otherwise than the proven model")
+
+
+def _holds(found: Tensor, written: Tensor) -> bool:
+    """The very numbers, in a dtype as wide or wider."""
+    import torch
+
+    if found.dtype == written.dtype:
+        return torch.equal(found, written)
+    both = found.is_floating_point() and written.is_floating_point() and found.shape == written.shape
+    return both and torch.equal(found.double(), written.double())
+
+
+def _run_alike(module: nn.Module, proven: nn.Module) -> None:
+    """Give the loaded model the proven one's implementations of attention and experts, which differ in rounding alone."""
+    for part in ("attn", "experts"):
+        wanted = getattr(proven.config, f"_{part}_implementation", None)
+        choose = getattr(module, f"set_{part}_implementation", None)
+        if (
+            wanted is not None
+            and choose is not None
+            and getattr(module.config, f"_{part}_implementation", None) != wanted
+        ):
+            choose(wanted)
 
 
 def _same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:

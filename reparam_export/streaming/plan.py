@@ -18,8 +18,8 @@ from reparam_export.checkpoints import Checkpoint
 from reparam_export.errors import CheckpointError, ExportError, FusionError, TensorMismatchError
 from reparam_export.files import fingerprint
 from reparam_export.fit import check_covered
-from reparam_export.hf_folder import Structure, bias_switches, structure_of
-from reparam_export.streaming.formats import BY_SHORT, FORMATS, Format, wide
+from reparam_export.hf_folder import Structure, bias_switches, retyped, structure_of
+from reparam_export.streaming.formats import BY_SHORT, FORMATS, Format, torch_name, wide
 from reparam_export.streaming.forms import Touched, creates_bias, modules_of
 from reparam_export.streaming.shards import Place, Stored, layout, of_tensor
 from reparam_export.streaming.source import UNTIED, NotStreamableError, check_names, files_of, source_of, untied
@@ -114,14 +114,16 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
         switched, zeros = bias_switches(config, names, created)
     except ExportError as error:
         raise NotStreamableError(str(error)) from error
-    corrected: dict[str, Any] = {**switched, **({UNTIED: False} if apart else {}), **_dtype_entry(config, target)}
+    corrected: dict[str, Any] = {**switched, **({UNTIED: False} if apart else {})}
     shards = _shards(files, apart, [*created, *zeros], touched, stored | replaced, target, checkpoint)
+    places = {place.name: torch_name(place.code) for shard in shards for _, filled in shard.units for place in filled}
+    own, retyped_entries = retyped({k: v for k, v in config.items() if k != "auto_map"}, places, structure.wide)
     fused = {f"{module}.{part}" for module in touched for part in ("weight", "bias")}
     return Plan(
         checkpoint=checkpoint,
         source=source,
-        config={k: v for k, v in config.items() if k != "auto_map"} | corrected,
-        corrected={k: v for k, v in corrected.items() if config.get(k) != v},
+        config=own | corrected,
+        corrected={k: v for k, v in corrected.items() if config.get(k) != v} | retyped_entries,
         storage=target,
         shards=shards,
         touched=touched,
@@ -220,13 +222,6 @@ def _whole_creates_bias(touched: Touched) -> bool:
 
     zeros = Affine(torch.zeros(touched.shape, dtype=torch.float64))
     return fold_affine(zeros, adapters64(touched)).bias is not None
-
-
-def _dtype_entry(config: Mapping[str, Any], target: Format | None) -> dict[str, str]:
-    """The config's own word for the dtype that the weights are stored in, when that was asked for."""
-    if target is None:
-        return {}
-    return {"torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype": target.torch}
 
 
 def _shards(

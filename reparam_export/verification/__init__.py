@@ -220,9 +220,7 @@ def asked_dtype(weights: FusedWeights) -> torch.dtype | None:
 
 
 def running_dtype(weights: FusedWeights) -> torch.dtype:
-    """What the fused model is run in: its storage, or the widest one where every layer has its own."""
-    if weights.dtype != "auto":
-        return storage_dtype(weights)
+    """What the fused model is run in: its storage, or the widest one where tensors have several."""
     return max((t.dtype for t in weights.tensors.values() if t.is_floating_point()), key=lambda d: d.itemsize)
 
 
@@ -324,7 +322,7 @@ def _graph(base: nn.Module, weights: FusedWeights, signature: Signature, given: 
         name: state[name].to(t.dtype) if name in state else torch.zeros_like(t) for name, t in weights.tensors.items()
     }
     models = [fused(copy.deepcopy(base), tensors) for tensors in (cast, weights.tensors)]
-    if weights.dtype == "auto":  # a model cannot be called in several dtypes at once
+    if len({t.dtype for t in weights.tensors.values() if t.is_floating_point()}) > 1:  # a model is called in one dtype
         models = [model.to(running_dtype(weights)) for model in models]
     return compare_graphs(models[0], models[1], signature, given, weights.created)
 
