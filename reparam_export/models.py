@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam_export import plugins
+from reparam_export.calls import experts
+from reparam_export.calls import first_line as first_line
 from reparam_export.errors import CheckpointError, UsageError
 from reparam_export.float64 import pure_float64 as pure_float64
 from reparam_export.state import check_replaced, load_state
@@ -44,12 +46,18 @@ class Input:
 class Signature:
     """A model's inputs, the names of its outputs, and how it is called.
 
-    Two ``settings`` are ours: ``method`` (another method than forward) and ``by_name`` (inputs as keyword arguments).
+    Three ``settings`` are ours: ``method`` (another method than forward), ``by_name`` (inputs as keyword arguments) and ``experts`` (the
+    implementation of a mixture of experts that the user asked for).
     """
 
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
     settings: Mapping[str, Any] | None = None  # keyword arguments the forward always gets, such as use_cache=False
+
+    @property
+    def experts(self) -> str | None:
+        """The implementation of a mixture of experts that the user asked for."""
+        return (self.settings or {}).get("experts")
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ def named_outputs(model: nn.Module, signature: Signature, tensors: tuple[Tensor,
     """
     import torch
 
-    settings = dict(signature.settings or {})
+    settings = {name: value for name, value in (signature.settings or {}).items() if name != "experts"}
     method = getattr(model, settings.pop("method", "__call__"))
     if settings.pop("by_name", False):
         result = method(**{i.name: t for i, t in zip(signature.inputs, tensors, strict=True)}, **settings)
@@ -175,7 +183,7 @@ def with_observed_outputs(model: nn.Module, signature: Signature, what: str) -> 
     dtype = float_dtype(model)
     tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in samples(signature, 1, seed=0).values())
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), experts(model, "run", signature.experts):
             outputs = tuple(named_outputs(model, signature, tensors))
     except Exception as error:
         raise CheckpointError(
@@ -189,11 +197,6 @@ def with_observed_outputs(model: nn.Module, signature: Signature, what: str) -> 
             "give a py: function that returns a model with plain outputs"
         )
     return replace(signature, outputs=outputs)
-
-
-def first_line(error: BaseException) -> str:
-    """The type and the first line of an error of a third party, for our own message."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def parse_input(text: str) -> Input:

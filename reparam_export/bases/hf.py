@@ -6,10 +6,11 @@
     hf:FacebookAI/roberta-base?task=SEQ_CLS       the class that peft's task_type stands for
 
 The class is ``architectures[0]`` of the config, or what the keyword ``architecture`` or ``task`` says (the heads of
-other classes in the weights are then left out); ``attn_implementation`` is passed on;
-every other keyword must be a field of the config and replaces it. ``num_labels`` is taken from the classifier that the
-checkpoint brings when it is not given. Parameters keep the dtype they are stored in. Code that comes with a model is
-never run, and ``HF_HUB_OFFLINE`` is honoured. Needs ``pip install reparam-export[hf]``.
+other classes in the weights are then left out); ``attn_implementation`` is passed on, and so is ``experts_implementation``. Where it is not
+given, a mixture of experts runs as each step needs: ``eager`` in the proofs, ``batched_mm`` where its graph is captured and exported
+(transformers' own ``grouped_mm`` has no float64). Every other keyword must be a field of the config and replaces it. ``num_labels``
+is taken from the classifier that the checkpoint brings when it is not given. Parameters keep the dtype they are stored in. Code that comes
+with a model is never run, and ``HF_HUB_OFFLINE`` is honoured. Needs ``pip install reparam-export[hf]``.
 
 Inputs: ``input_ids`` and ``attention_mask`` (batch, sequence) int64, or ``pixel_values`` (batch, channels, height,
 width) float32, or what --input says. Outputs: every tensor of the model's output, by its name there.
@@ -66,7 +67,7 @@ def build(argument: str, base: Base) -> tuple[nn.Module, Signature]:
         if state is None:
             state = {k: v for k, v in _stored(place, folder, base).items() if k not in base.ignored}
         model = _load(model_class, config, state, options, base)
-    return model, _signature(model, base)
+    return model, _signature(model, base, options.get("experts_implementation"))
 
 
 def skeleton(base: Base) -> nn.Module:
@@ -175,7 +176,9 @@ def _configured(folder: Path, keywords: dict[str, Any], base: Base) -> tuple[Any
     """The config, the model class and the options of ``from_pretrained``."""
     import transformers
 
-    options = {k: keywords.pop(k) for k in ("attn_implementation",) if k in keywords}
+    options: dict[str, Any] = {
+        k: keywords.pop(k) for k in ("attn_implementation", "experts_implementation") if k in keywords
+    }
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -334,11 +337,13 @@ def _mismatch(base: Base, tensor: str, expected: object, found: object) -> Tenso
     )
 
 
-def _signature(model: Any, base: Base) -> Signature:
+def _signature(model: Any, base: Base, experts: str | None) -> Signature:
     accepted = inspect.signature(model.forward).parameters
     settings: dict[str, Any] = {"by_name": True, "return_dict": True}
     if "use_cache" in accepted:
         settings["use_cache"] = False
+    if experts is not None:
+        settings["experts"] = experts
     inputs = base.inputs or _inputs(model, accepted, base)
     return with_observed_outputs(model, Signature(inputs, (), settings), base.spec)
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reparam_export.calls import experts
 from reparam_export.errors import ExportError, MissingBackendError, UsageError
 from reparam_export.exporters._differences import differences as differences
 from reparam_export.exporters._files import placed
@@ -83,7 +84,7 @@ def _traced(model: nn.Module, signature: Signature, example: Mapping[str, Tensor
     axes = tuple({n: a for n, a in enumerate(i.shape) if isinstance(a, str)} for i in signature.inputs)
     wrapper = plain(model, signature).eval()
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), experts(model, "capture", signature.experts):
             program = torch.onnx.export(
                 wrapper,
                 tensors,

@@ -144,7 +144,11 @@ def class_of(config: Mapping[str, Any], model: VerifiedModel) -> dict[str, Any]:
         "architectures",
         *(["id2label", "label2id"] if len(own["id2label"]) != len(config.get("id2label", "ab")) else []),
     ]
-    names += [name for name in keywords if name not in ("architecture", "task", "attn_implementation", "num_labels")]
+    names += [
+        name
+        for name in keywords
+        if name not in ("architecture", "task", "attn_implementation", "experts_implementation", "num_labels")
+    ]
     own["architectures"] = [type(module).__name__]
     return {name: own[name] for name in names if own[name] != config.get(name)}
 

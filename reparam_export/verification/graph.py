@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any
 
+from reparam_export.calls import experts
 from reparam_export.errors import FusionError
 from reparam_export.models import Signature, float_dtype, plain
 from reparam_export.verification.certificate import GraphEvidence
@@ -61,7 +62,7 @@ def capture(model: nn.Module, signature: Signature, example: tuple[Tensor, ...])
     import torch
 
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), experts(model, "capture", signature.experts):
             warnings.simplefilter("ignore")
             return list(torch.export.export(plain(model, signature), example, strict=False).graph.nodes)
     except Exception as error:  # torch.export raises its own and Python's errors alike
@@ -104,7 +105,8 @@ def multiply_adds(model: nn.Module, signature: Signature, example: tuple[Tensor,
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    own = experts(model, "capture", signature.experts)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), own:
         plain(model, signature)(*example)
     return int(counter.get_total_flops()) // 2
 

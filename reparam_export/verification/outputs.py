@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from reparam_export.calls import Step, experts
 from reparam_export.errors import EquivalenceError
 from reparam_export.models import Signature, outputs_of_call, pure_float64
 from reparam_export.verification.certificate import OutputEvidence
@@ -53,7 +54,8 @@ def run(
 
     parts = []
     count = len(next(iter(inputs.values())))
-    with torch.inference_mode(), pure_float64():
+    needs: Step = "float64" if dtype == torch.float64 else "run"
+    with torch.inference_mode(), pure_float64(), experts(model, needs, signature.experts):
         for start in range(0, count, step):
             batch = (inputs[i.name][start : start + step] for i in signature.inputs)
             tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in batch)
