@@ -9,19 +9,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.adapters import tokens
 from reparam_export.affine import Tensor
-from reparam_export.checkpoints import Adapter, Claim, Covers, Parts, Source
+from reparam_export.checkpoints import Adapter, Claim, Parts, Source
+from reparam_export.checkpoints._peft_names import PREFIX, check_matched, of_pattern, targets, unused_targets
+from reparam_export.checkpoints._peft_tokens import on_every_tie, trained_tokens
 from reparam_export.errors import CheckpointError, FusionError, TensorMismatchError
 
 if TYPE_CHECKING:
     from torch import nn
 
-PREFIX = "base_model.model."
 HARMLESS = frozenset(  # say how it was trained, loaded or saved; the forward of the saved tensors does not depend on them
     (
         "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out",
@@ -68,7 +68,7 @@ class Layer:
     def own(self, pattern: str, name: str, otherwise: Any = None) -> Any:
         """A setting of this module: by the first pattern that the end of its name matches from a dot on, as peft matches."""
         for key, value in (self.source.config.get(pattern) or {}).items():
-            if matches(rf"(.*\.)?({key})$", self.module):
+            if of_pattern(key, self.module):
                 return value
         return self.setting(name, otherwise)
 
@@ -127,15 +127,29 @@ def read_folder(
     return parts_of(source, claim, adapters, check)
 
 
-def parts_of(source: Source, claim: Claim, adapters: Sequence[Adapter], check: Check | None = None) -> Parts:
-    """The folder's parts, once every adapter tensor is taken: trained tokens, whole tensors, and nothing left over."""
+def parts_of(
+    source: Source,
+    claim: Claim,
+    adapters: Sequence[Adapter],
+    check: Check | None = None,
+    names: Sequence[str] | None = None,
+) -> Parts:
+    """The folder's parts, once every adapter tensor is taken: trained tokens, whole tensors, and nothing left over.
+
+    names: of the adapted modules, as patterns are matched against them; None: those of the adapters; empty: not known here.
+    """
     found = (*adapters, *trained_tokens(source, claim))
     replaced = whole_tensors(claim, source)
     claim.finish()
+    names = [a.module for a in adapters] if names is None else names
+    check_matched(source.path, source.config, names, list(replaced))
+    notes = unused_targets(source.config, [a.module for a in found], list(replaced))
     needs_base = check is not None or any(adapter.kind == "tokens" for adapter in found)
     bind = partial(on_base, check, found) if needs_base else None
     covers = targets(source.config)
-    return Parts(found, replaced, base=base_spec(source), covers=covers, only=covers is not None, bind=bind)
+    return Parts(
+        found, replaced, base=base_spec(source), covers=covers, only=covers is not None, bind=bind, notes=notes
+    )
 
 
 def on_base(check: Check | None, adapters: Sequence[Adapter], module: nn.Module) -> list[Adapter]:
@@ -147,25 +161,6 @@ def on_base(check: Check | None, adapters: Sequence[Adapter], module: nn.Module)
     for adapter in tokens.values():
         placed += [a for a in on_every_tie(module, adapter) if a.module == adapter.module or a.module not in tokens]
     return placed
-
-
-def on_every_tie(module: nn.Module, adapter: Adapter) -> list[Adapter]:
-    """Trained tokens on their embedding and, as peft has it, on the layers that share its weight, on the side of their outputs."""
-    from torch import nn as torch_nn
-
-    shared = module.get_submodule(adapter.module).get_parameter("weight")
-    owners = [name for name, part in module.named_modules() if part._parameters.get("weight") is shared]
-    found = []
-    for name in owners:
-        layer = module.get_submodule(name)
-        side = "output" if isinstance(layer, torch_nn.Linear) else "input"
-        if side == "output" and layer.bias is not None:
-            raise FusionError(
-                f"{name}: peft's forward of trained tokens on a linear layer leaves its bias out; no such layer can be kept"
-            )
-        if name == adapter.module or side == "output":
-            found.append(replace(adapter, module=name, params=replace(adapter.params, side=side)))
-    return found
 
 
 def modules_with(source: Source, first: str | tuple[str, ...]) -> list[str]:
@@ -196,81 +191,6 @@ def base_spec(source: Source) -> str | None:
         raise CheckpointError(f"{source.path}: base_model_name_or_path is not a usable folder or hub id; pass --base")
     task = source.config.get("task_type")
     return f"hf:{source.near(name)}" + (f"?task={task}" if task else "")
-
-
-def matches(pattern: str, name: str) -> bool:
-    """``re.match`` for a pattern out of a file: one that takes longer than a second, or is none, is refused."""
-    import regex
-
-    try:
-        return regex.match(pattern, name, timeout=1) is not None
-    except (regex.error, TimeoutError) as error:
-        raise CheckpointError(f"adapter_config.json: the pattern {pattern[:80]!r} cannot be used: {error}") from error
-
-
-def named(name: str, given: str | Sequence[str]) -> bool:
-    """Does a module's name match a pattern as a whole, or end, from a dot on, with one of several names?"""
-    if isinstance(given, str):
-        return matches(rf"(?:{given})\Z", name)
-    return any(name == end or name.endswith(f".{end}") for end in given)
-
-
-def targets(config: Mapping[str, Any]) -> Covers | None:
-    """The modules that peft adapts for this configuration, as it matches names; None where the list does not say."""
-    wanted, excluded = config.get("target_modules"), config.get("exclude_modules") or []
-    layers, saved = config.get("layers_to_transform"), config.get("modules_to_save") or []
-    if not wanted or wanted == "all-linear":
-        return None
-
-    def of_layer(name: str) -> bool:
-        if isinstance(wanted, str) or name in wanted or layers is None or layers == []:
-            return True
-        patterns = config.get("layers_pattern") or [r"[^.]*"]
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        found = next((m for p in patterns if (m := first_number(p, name)) is not None), None)
-        return found is not None and found in ([layers] if isinstance(layers, int) else layers)
-
-    def covers(names: Sequence[str]) -> list[str]:
-        kept = [n for n in names if named(n, wanted) and not (excluded and named(n, excluded)) and of_layer(n)]
-        return [n for n in kept if not any(part in n.split(".") for part in saved)]
-
-    return covers
-
-
-def first_number(pattern: str, name: str) -> int | None:
-    """The number after the first part of the name that matches the pattern: a layer's."""
-    import regex
-
-    try:
-        found = regex.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", name, timeout=1)
-    except (regex.error, TimeoutError) as error:
-        raise CheckpointError(f"adapter_config.json: the pattern {pattern[:80]!r} cannot be used: {error}") from error
-    return None if found is None else int(found["number"])
-
-
-def trained_tokens(source: Source, claim: Claim) -> list[Adapter]:
-    """Trainable tokens: ``X.token_adapter.trainable_tokens_delta`` holds the new vectors of the configured indices."""
-    end = re.compile(r"(?:\.token_adapter)?\.trainable_tokens_delta\Z")
-    indices = source.config.get("trainable_token_indices") or source.config.get("token_indices") or {}
-    found: list[Adapter] = []
-    if indices and not any(end.search(n) for n in claim.names()):
-        raise CheckpointError(f"{source.path}: trainable tokens are configured, but the file holds none")
-    for name, vectors in claim.take_all(end.search).items():
-        module = end.sub("", name.removeprefix(PREFIX))
-        chosen = (
-            indices if isinstance(indices, list) else next((v for k, v in indices.items() if named(module, [k])), None)
-        )
-        if chosen is None:
-            raise CheckpointError(
-                f"{source.path}: {module} has trained tokens, but trainable_token_indices does not list it"
-            )
-        whole = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in chosen)
-        if not whole or len(set(chosen)) != len(chosen) or len(chosen) != len(vectors):
-            raise CheckpointError(
-                f"{source.path}: {module}: {len(vectors)} trained tokens do not fit the indices {str(chosen)[:80]}"
-            )
-        found.append(Adapter(module, "tokens", tokens.Params(tuple(chosen), vectors)))
-    return found
 
 
 def whole_tensors(claim: Claim, source: Source) -> dict[str, Tensor]:

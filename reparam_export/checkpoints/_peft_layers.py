@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.affine import Tensor
 from reparam_export.checkpoints import Adapter, Bind, Parts, Source, Unbound
-from reparam_export.checkpoints._peft import PREFIX, on_base, other_settings, parts_of, tuner_prefix
+from reparam_export.checkpoints._peft import on_base, other_settings, parts_of, tuner_prefix
+from reparam_export.checkpoints._peft_names import PREFIX, check_matched
 from reparam_export.errors import CheckpointError, FusionError, MissingBackendError, NotAffineError, TensorMismatchError
 
 if TYPE_CHECKING:
@@ -54,14 +55,16 @@ def read_layers(source: Source, note: str = "") -> Parts:
     kind = str(source.config.get("peft_type"))
     settings = {"peft": kind} | ({"rank": source.config["r"]} if isinstance(source.config.get("r"), int) else {})
     adapters = [Adapter(module, "probed", Unbound(dict(t), settings)) for module, t in by_module.items()]
-    parts = parts_of(source, claim, adapters)
+    parts = parts_of(source, claim, adapters, names=[])
     tokens = [a for a in parts.adapters if a.kind == "tokens"]
-    notes = (note or f"peft's own {kind} layers, probed one by one",)
+    notes = (note or f"peft's own {kind} layers, probed one by one", *parts.notes)
     # peft itself says which modules are adapted, and that each has its tensors: OSF leaves out what is no nn.Linear, though it is named
-    return replace(parts, bind=bind_layers(source, tokens), notes=notes, covers=lambda names: [], only=False)
+    return replace(
+        parts, bind=bind_layers(source, tokens, list(parts.replaced)), notes=notes, covers=lambda names: [], only=False
+    )
 
 
-def bind_layers(source: Source, tokens: Sequence[Adapter]) -> Bind:
+def bind_layers(source: Source, tokens: Sequence[Adapter], whole: Sequence[str]) -> Bind:
     """Puts the folder's adapter on a copy of a base, and takes each of peft's layers as an adapter, and the trained tokens."""
 
     def bind(module: nn.Module) -> list[Adapter]:
@@ -79,6 +82,7 @@ def bind_layers(source: Source, tokens: Sequence[Adapter]) -> Bind:
         layers: dict[str, Any] = dict(model.base_model.model.named_modules())
         layers = {n: part for n, part in layers.items() if isinstance(part, BaseTunerLayer)}
         layers = {n: part for n, part in layers.items() if not hasattr(part, "trainable_tokens_delta")}
+        check_matched(source.path, source.config, list(layers), whole)
         return [
             *(_adapter(n, part, module.get_submodule(n)) for n, part in layers.items()),
             *on_base(None, tokens, module),

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from reparam_export.adapters import lora
 from reparam_export.affine import Affine, Bottleneck, Tensor
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source, Unbound
-from reparam_export.checkpoints._peft import PREFIX, Check, Layer, named, on_base, parts_of, scale_of, targets
+from reparam_export.checkpoints._peft import Check, Layer, on_base, parts_of, scale_of
+from reparam_export.checkpoints._peft_names import PREFIX, check_matched, named, targets
 from reparam_export.errors import CheckpointError, FusionError, TensorMismatchError
 
 if TYPE_CHECKING:
@@ -58,11 +59,14 @@ def read_parameters(
     """
     wrappers = [Wrapper(source, full, _own(claim, full)) for full in modules]
     waiting = [Adapter(w.owner, "lora", Unbound(dict(w.tensors), {}), parameter=w.full) for w in wrappers]
-    parts = parts_of(source, claim, waiting)
+    parts = parts_of(source, claim, waiting, names=[])
     tokens = parts.adapters[len(wrappers) :]
 
     def bind(module: nn.Module) -> list[Adapter]:
-        return on_base(check, [*_on_model(source, module, wrappers, make), *tokens], module)
+        adapters = _on_model(source, module, wrappers, make)
+        names = [f"{a.module}.{a.parameter}" if a.parameter else a.module for a in adapters]
+        check_matched(source.path, source.config, list(dict.fromkeys(names)), list(parts.replaced))
+        return on_base(check, [*adapters, *tokens], module)
 
     covers = targets(source.config)
     return replace(parts, bind=bind, covers=covers or (lambda names: []), only=covers is not None)

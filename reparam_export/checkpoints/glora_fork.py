@@ -7,7 +7,8 @@ Not today's peft GLORA, which stores ``glora_A.Xd`` and one path for all layers.
 from __future__ import annotations
 
 from reparam_export.checkpoints import Parts, Source
-from reparam_export.checkpoints._peft import PREFIX, base_spec
+from reparam_export.checkpoints._peft import base_spec
+from reparam_export.checkpoints._peft_names import PREFIX
 from reparam_export.checkpoints.glora_vit import supports
 
 LOOKED_FOR = "base_model.model.X.glora_Ad and the like (GLoRA fork of peft)"

@@ -9,7 +9,8 @@ from typing import Any
 
 from reparam_export.adapters import ia3
 from reparam_export.checkpoints import Parts, Source
-from reparam_export.checkpoints._peft import Layer, looked_for, matches, of_type, read_folder
+from reparam_export.checkpoints._peft import Layer, looked_for, of_type, read_folder
+from reparam_export.checkpoints._peft_names import matches
 
 LOOKED_FOR = looked_for("IA3")
 READ = ("feedforward_modules", "init_ia3_weights")

@@ -17,7 +17,6 @@ from reparam_export.adapters import dora, lora
 from reparam_export.affine import Affine, Bottleneck, Tensor
 from reparam_export.checkpoints import Adapter, Parts, Source, as_matrix
 from reparam_export.checkpoints._peft import (
-    PREFIX,
     Layer,
     check_dilation,
     looked_for,
@@ -27,6 +26,7 @@ from reparam_export.checkpoints._peft import (
     scale_of,
 )
 from reparam_export.checkpoints._peft_layers import read_layers
+from reparam_export.checkpoints._peft_names import PREFIX
 from reparam_export.checkpoints._peft_parameters import read_parameters
 from reparam_export.errors import FusionError, NotAffineError, TensorMismatchError
 
@@ -68,7 +68,7 @@ def read(source: Source) -> Parts:
         return read_parameters(source, claim, list(modules), lambda layer: _adapter(layer, list(modules)), check)
     adapters = [_adapter(Layer(source, claim, full), list(modules)) for full in modules]
     parts = parts_of(source, claim, adapters, check)
-    return replace(parts, notes=(TWICE,)) if any(a.parameter for a in adapters) else parts
+    return replace(parts, notes=(TWICE, *parts.notes)) if any(a.parameter for a in adapters) else parts
 
 
 def _check(source: Source) -> None:

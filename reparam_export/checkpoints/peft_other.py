@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from reparam_export import plugins
 from reparam_export.checkpoints import Parts, Source
-from reparam_export.checkpoints._peft import PREFIX
 from reparam_export.checkpoints._peft_layers import read_layers
+from reparam_export.checkpoints._peft_names import PREFIX
 from reparam_export.errors import FusionError, NotAffineError
 
 LOOKED_FOR = "a folder with adapter_config.json and any other peft_type (peft)"

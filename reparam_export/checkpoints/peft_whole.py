@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from reparam_export.checkpoints import Adapter, Parts, Source
-from reparam_export.checkpoints._peft import PREFIX, looked_for, of_type, other_settings, parts_of, targets
+from reparam_export.checkpoints._peft import looked_for, of_type, other_settings, parts_of
+from reparam_export.checkpoints._peft_names import PREFIX, targets
 from reparam_export.errors import FusionError, TensorMismatchError
 
 if TYPE_CHECKING:

@@ -279,9 +279,9 @@ def test_an_adapter_that_the_configuration_leaves_out_is_refused(
     tmp_path: Path, config: dict[str, Any], streamed: bool
 ) -> None:
     """peft loads such a folder without it, so folding it would make another model."""
-    checkpoint = rx.read(peft_copy(tmp_path, **config))
+    adapter = peft_copy(tmp_path, **config)
     with pytest.raises(CheckpointError):
-        rx.plan_of(checkpoint) if streamed else rx.fuse(checkpoint)
+        rx.plan_of(rx.read(adapter)) if streamed else rx.fuse(rx.read(adapter))
 
 
 @pytest.mark.parametrize("odd", ["expanded", "huge", "csr"])

@@ -21,7 +21,7 @@ from reparam_export import plugins
 from reparam_export.checkpoints.peft_lora import BY_LAYERS, CHANGES_BASE, KEEPS_BASE, READ, REFUSED, TRAINING
 from reparam_export.checkpoints.peft_other import PROBED
 from reparam_export.checkpoints.peft_other import REFUSED as REFUSED_TYPES
-from reparam_export.errors import FusionError, NotAffineError, ReparamError
+from reparam_export.errors import CheckpointError, FusionError, NotAffineError, ReparamError
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda c: c.name)
@@ -263,3 +263,50 @@ def test_targeted_parameters_that_the_file_or_the_base_lacks_are_refused(
     checkpoint, _ = next(c for c in CASES if c.name == "lora experts").make(tmp_path)
     with pytest.raises(ReparamError, match=named):
         rx.fuse(rx.read(changed(tmp_path / "adapter", **settings), checkpoint.base, inputs=checkpoint.inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "named"),
+    [
+        ("lora rslora patterns", {"alpha_pattern": {"first": 5, "secnod": 9}}, "secnod"),
+        ("lora rslora patterns", {"rank_pattern": {"second": 2, r"blocks\.\d+": 3}}, "blocks"),
+        ("lora rslora patterns", {"modules_to_save": ["head"]}, "head"),
+        ("lora only bias", {"modules_to_save": ["norm", "head", "pooler"]}, "pooler"),
+        ("lora tokens", {"trainable_token_indices": {"embed": [2, 7, 29], "shared": [1]}}, "shared"),
+        ("lora experts patterns", {"alpha_pattern": {r"(.*\.)?down": 5, "experts.router": 3, "experts": 1}}, "experts"),
+        ("lora pissa", {"alpha_pattern": {"fourth": 5}}, "fourth"),
+        ("osf", {"rank_pattern": {"fourth": 5}}, "fourth"),
+        ("loha", {"alpha_pattern": {"fourth": 5}}, "fourth"),
+        ("lokr", {"rank_pattern": {"second": 1, "fourth": 5}}, "fourth"),
+        ("delora", {"lambda_pattern": {"fourth": 5}}, "fourth"),
+        ("hira", {"rank_pattern": {"fourth": 5}}, "fourth"),
+        ("c3a", {"block_size_pattern": {"fourth": 5}}, "fourth"),
+        ("fourierft", {"n_frequency_pattern": {"first": 17, "fourth": 5}}, "fourth"),
+        ("waveft", {"n_frequency_pattern": {"fourth": 5}}, "fourth"),
+        ("ia3", {"feedforward_modules": ["second", "third", "fourth"]}, "fourth"),
+        ("lora", {"layers_to_transform": [7]}, "7"),
+    ],
+)
+def test_a_pattern_or_a_target_that_means_nothing_is_refused_by_its_name(
+    name: str, settings: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    checkpoint, _ = next(c for c in CASES if c.name == name).make(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{next(iter(settings))} of adapter_config.json names .*{named}"):
+        rx.fuse(rx.read(changed(tmp_path / "adapter", **settings), checkpoint.base, inputs=checkpoint.inputs))
+
+
+@pytest.mark.parametrize("name", ["lora rslora patterns", "lora experts patterns"])
+def test_what_may_mean_nothing_is_folded_and_said(name: str, tmp_path: Path) -> None:
+    """Lists of targets for many models, modules to leave out, and the heads that peft lists for every task."""
+    given = next(c for c in CASES if c.name == name)
+    checkpoint, _ = given.make(tmp_path)
+    targets = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    wide = {
+        "target_modules": [*targets["target_modules"], "qkv_proj"],
+        "exclude_modules": ["lm_head"],
+        "modules_to_save": ["classifier", "score"],
+    }
+    again = rx.read(changed(tmp_path / "adapter", **wide), checkpoint.base, inputs=checkpoint.inputs)
+    assert any("qkv_proj" in note for note in again.notes)
+    assert not any("qkv_proj" in note for note in checkpoint.notes)
+    assert rx.fuse(again).sha256() == rx.fuse(checkpoint).sha256()
