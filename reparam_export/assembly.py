@@ -17,6 +17,8 @@ from reparam_export.errors import FusionError, ReparamError, TensorMismatchError
 from reparam_export.fit import check_trained_on
 from reparam_export.layouts import affine_of, layout_of, outputs_of, readers_of_weights, rows_of, site_of
 from reparam_export.models import Base, Signature, parse_input
+from reparam_export.names import Own
+from reparam_export.naming import named
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +49,36 @@ def base_of(checkpoint: Checkpoint) -> Base:
 
 def opened(checkpoint: Checkpoint) -> tuple[nn.Module, Signature, Checkpoint]:
     """The base with the checkpoint's whole tensors in place, its signature, and the checkpoint with its adapters on this very base."""
+    checkpoint = settled(checkpoint)
     module, signature = base_of(checkpoint).build()
+    checkpoint = settled(checkpoint, module)
     check_trained_on(checkpoint, dict(module.named_parameters(remove_duplicate=False)).get)
     module = with_replaced(module, checkpoint)
     return module, signature, bound(checkpoint, module)
+
+
+def settled(checkpoint: Checkpoint, module: nn.Module | None = None) -> Checkpoint:
+    """The checkpoint under the base's own names, as far as they can be had: from its skeleton, or from the module when it is built.
+
+    Raises TensorMismatchError for names that are not the base's.
+    """
+    from reparam_export.names.conversions import own_of
+
+    if checkpoint.named:
+        return checkpoint
+    skeleton = base_of(checkpoint).skeleton() if module is None else module
+    return checkpoint if skeleton is None else named_each(checkpoint, own_of(skeleton))
+
+
+def named_each(checkpoint: Checkpoint, own: Own) -> Checkpoint:
+    """The checkpoint, or each member of a stack, under the base's own names."""
+    if not checkpoint.members:
+        return named(checkpoint, own)
+    from reparam_export.checkpoints._stack import stacked
+
+    members = [named(member, own) for member in checkpoint.members]
+    whole = stacked(members, [m.recipe.weight for m in members])
+    return replace(whole, recipe=checkpoint.recipe, base=checkpoint.base, named=True)
 
 
 def bound(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:

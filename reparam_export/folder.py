@@ -182,7 +182,7 @@ def load_proof(folder: Path, *, again: bool = True) -> VerifiedModel:
     import numpy as np
     import torch
 
-    from reparam_export.assembly import base_of
+    from reparam_export.assembly import base_of, settled
     from reparam_export.verification import VerifiedModel, prove_again
     from reparam_export.verification.certificate import from_json
     from reparam_export.verification.outputs import Reference
@@ -215,7 +215,7 @@ def load_proof(folder: Path, *, again: bool = True) -> VerifiedModel:
         floors=saved["floors"],
         dtype=saved["dtype"],
     )
-    return VerifiedModel(checkpoint, weights, base_of(checkpoint).build()[1], reference, certificate)
+    return VerifiedModel(checkpoint, weights, base_of(settled(checkpoint)).build()[1], reference, certificate)
 
 
 def same_samples(folder: Path, inputs: Path | None, count: int, seed: int) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.adapters import fused, inserted
 from reparam_export.affine import Affine
-from reparam_export.assembly import base_of, opened, stacks, tied_names
+from reparam_export.assembly import base_of, opened, settled, stacks, tied_names
 from reparam_export.checkpoints import Adapter, Checkpoint, by_site
 from reparam_export.errors import FusionError, SharedWeightError
 from reparam_export.fit import check_covered, check_shapes, touched_module
@@ -52,6 +52,7 @@ class FusedWeights(Mapping[str, "Tensor"]):
     seconds: float = 0.0
     dtype: str | None = None  # the storage of all; None: as the base's; "auto": each touched layer has its own
     kept: Mapping[str, Kept] = field(default_factory=dict)  # of each touched module
+    notes: tuple[str, ...] = ()  # what the base made known of the checkpoint
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -94,6 +95,7 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | No
     import torch
 
     started = time.perf_counter()
+    given = checkpoint.notes
     module, _, bound = opened(checkpoint)
     if dtype == "auto" and str(checkpoint.base).startswith("hf:"):
         return fuse(checkpoint, _widest(fuse_each(bound, module, dtype, None)[0]), advance)
@@ -126,6 +128,7 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | No
         seconds=time.perf_counter() - started,
         dtype=dtype,
         kept=kept,
+        notes=tuple(note for note in checkpoint.notes if note not in given),
     )
 
 
@@ -337,7 +340,7 @@ def record(checkpoint: Checkpoint, weights: FusedWeights) -> dict[str, Any]:
 
     base_weights = checkpoint.base_weights
     return {
-        "checkpoint": checkpoint.describe(),
+        "checkpoint": {**checkpoint.describe(), "notes": [*checkpoint.notes, *weights.notes]},
         "base": {
             "spec": checkpoint.base,
             "weights": None if base_weights is None else str(base_weights),
@@ -352,7 +355,9 @@ def record(checkpoint: Checkpoint, weights: FusedWeights) -> dict[str, Any]:
         "changed": {name: list(weights[name].shape) for name in weights.changed},
         "created": list(weights.created),
         "replaced": list(weights.replaced),
-        "narrowed": narrowed(checkpoint, lambda name: weights[name].dtype.itemsize if name in weights else None),
+        "narrowed": narrowed(
+            settled(checkpoint), lambda name: weights[name].dtype.itemsize if name in weights else None
+        ),
         "aliases": dict(weights.aliases),
         "bytes": sum(t.numel() * t.element_size() for t in weights.tensors.values()),
         "seconds": round(weights.seconds, 3),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.errors import CheckpointError, ExportError, TensorMismatchError
 from reparam_export.models import Base, split_argument
+from reparam_export.names import Own
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +61,7 @@ class Structure:
 
     ``transposed``: modules that store (in, out). ``ties``: a tensor's other name -> the name that holds it in the files. ``order``: modules
     with a weight, as the model has them; ``refused``: modules that cannot be folded, with the reason. ``shapes``: of every parameter, None
-    where it is not known. ``wide``: as ``held_wide`` says.
+    where it is not known. ``wide``: as ``held_wide`` says. ``own``: the names of the model, and where its files have others.
     """
 
     transposed: frozenset[str]
@@ -70,6 +71,7 @@ class Structure:
     refused: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] | None = None
     wide: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    own: Own = field(default_factory=lambda: Own((), {}))
 
 
 def folder_of(spec: str | None) -> Path | None:
@@ -109,8 +111,11 @@ def is_known(config: Mapping[str, Any]) -> bool:
     return name in KNOWN and architecture.lower() == f"{name}forcausallm"
 
 
-def structure_of(config: Mapping[str, Any], names: Collection[str], base: Base, *, exact: bool) -> Structure:
-    """names: of the tensors in the files; exact: the order of the modules matters. Raises what the base's scheme raises when it builds."""
+def structure_of(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], base: Base, *, exact: bool
+) -> Structure:
+    """shapes: of the tensors in the files; exact: the order of the modules matters. Raises what the base's scheme raises when it builds."""
+    names = shapes.keys()
     if exact or not is_known(config):
         return _built(_skeleton(base), names)
     heads = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
@@ -124,9 +129,9 @@ def structure_of(config: Mapping[str, Any], names: Collection[str], base: Base, 
         )
     tied = HEAD not in names or bool(config.get("tie_word_embeddings", False))
     modules = tuple(name.removesuffix(".weight") for name in names if name.endswith(".weight"))
-    return Structure(
-        frozenset(), frozenset({EMBEDDING.removesuffix(".weight")}), {HEAD: EMBEDDING} if tied else {}, modules
-    )
+    ties = {HEAD: EMBEDDING} if tied else {}
+    own = Own(modules, {**shapes, **{alias: shapes[holder] for alias, holder in ties.items() if holder in shapes}})
+    return Structure(frozenset(), frozenset({EMBEDDING.removesuffix(".weight")}), ties, modules, own=own)
 
 
 def _skeleton(base: Base) -> nn.Module:
@@ -139,6 +144,7 @@ def _built(module: nn.Module, names: Collection[str]) -> Structure:
     """The same out of a model on the meta device."""
     from reparam_export.errors import FusionError
     from reparam_export.layouts import layout_of
+    from reparam_export.names.conversions import own_of
 
     transposed, embeddings, order, refused = set(), set(), [], {}
     for name, part in module.named_modules():
@@ -163,7 +169,9 @@ def _built(module: nn.Module, names: Collection[str]) -> Structure:
         ties |= {n: holder for n in group if n != holder}
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
     wide = held_wide(module)
-    return Structure(frozenset(transposed), frozenset(embeddings), ties, tuple(order), refused, shapes, wide)
+    return Structure(
+        frozenset(transposed), frozenset(embeddings), ties, tuple(order), refused, shapes, wide, own_of(module)
+    )
 
 
 def held_wide(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -21,6 +21,7 @@ from reparam_export.calls import experts
 from reparam_export.calls import first_line as first_line
 from reparam_export.errors import CheckpointError, UsageError
 from reparam_export.float64 import pure_float64 as pure_float64
+from reparam_export.names.wrappers import unwrapped
 from reparam_export.state import check_replaced, load_state
 
 if TYPE_CHECKING:
@@ -77,9 +78,34 @@ class Base:
     inputs: tuple[Input, ...] = ()
 
     def tensors(self) -> dict[str, Tensor] | None:
-        """The base's state dict out of ``weights`` or ``state``, without the ignored names; None without either."""
-        state = load_state(self.weights) if self.weights is not None else self.state
+        """The base's state dict out of ``weights`` or ``state``, without wrappers' names and the ignored ones; None without either."""
+        state = self.state if self.weights is None else unwrapped(load_state(self.weights), self.weights)
         return None if state is None else {k: v for k, v in state.items() if k not in self.ignored}
+
+    def skeleton(self) -> nn.Module | None:
+        """The module without its numbers (on the meta device), for its names; None where its scheme cannot make it apart from them.
+
+        Heads have whatever size the scheme gives them. Raises what ``build`` raises.
+        """
+        import torch
+
+        make = getattr(plugins.load("bases", self._scheme()), "skeleton", None)
+        if make is None:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module: nn.Module = make(self)
+        return module
+
+    def _scheme(self) -> str:
+        """Raises UsageError for an unknown one."""
+        scheme, _, argument = self.spec.partition(":")
+        if scheme not in plugins.names("bases") or not argument:
+            raise UsageError(
+                f"base {self.spec!r}: expected SCHEME:ARGUMENT with one of the schemes "
+                f"{', '.join(plugins.names('bases'))}; found {scheme!r}"
+            )
+        return scheme
 
     def build(self) -> tuple[nn.Module, Signature]:
         """The module (eval mode, no gradients, the same bytes every time) and its signature.
@@ -90,12 +116,7 @@ class Base:
         """
         import torch
 
-        scheme, _, argument = self.spec.partition(":")
-        if scheme not in plugins.names("bases") or not argument:
-            raise UsageError(
-                f"base {self.spec!r}: expected SCHEME:ARGUMENT with one of the schemes "
-                f"{', '.join(plugins.names('bases'))}; found {scheme!r}"
-            )
+        scheme, argument = self._scheme(), self.spec.partition(":")[2]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module, signature = plugins.load("bases", scheme).build(argument, self)

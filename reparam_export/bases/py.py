@@ -30,9 +30,7 @@ def build(argument: str, base: Base) -> tuple[nn.Module, Signature]:
     Raises UsageError when the file or the function is not there, MissingSettingError without inputs, CheckpointError
     when the function fails, returns no module or a random one, TensorMismatchError for weights that do not fit.
     """
-    file, _, function = argument.rpartition(":")
-    if not (function.isidentifier() and Path(file).is_file()):
-        raise UsageError(f"base {base.spec!r}: expected py:FILE.py:FUNCTION; found no file {file!r} with {function!r}")
+    make = _maker(argument, base)
     if not base.inputs:
         raise MissingSettingError(
             f"base {base.spec!r}: the inputs of your own model are not known; state each with "
@@ -41,7 +39,6 @@ def build(argument: str, base: Base) -> tuple[nn.Module, Signature]:
             found_in="the forward of your module",
             option="--input",
         )
-    make = _function(Path(file), function, base)
     module = _made(make, base, seed=0)
     state = base.tensors()
     if state is None:
@@ -49,6 +46,19 @@ def build(argument: str, base: Base) -> tuple[nn.Module, Signature]:
     else:
         assign(module, state, optional=base.replaced)
     return module, with_observed_outputs(module, Signature(base.inputs, ()), base.spec)
+
+
+def skeleton(base: Base) -> nn.Module:
+    """The module that the function returns, for its names."""
+    return _made(_maker(base.spec.partition(":")[2], base), base, seed=0)
+
+
+def _maker(argument: str, base: Base) -> Any:
+    """The function that the spec names. Raises UsageError, CheckpointError."""
+    file, _, function = argument.rpartition(":")
+    if not (function.isidentifier() and Path(file).is_file()):
+        raise UsageError(f"base {base.spec!r}: expected py:FILE.py:FUNCTION; found no file {file!r} with {function!r}")
+    return _function(Path(file), function, base)
 
 
 def _function(file: Path, name: str, base: Base) -> Any:

@@ -39,12 +39,7 @@ def build(argument: str, base: Base) -> tuple[nn.Module, Signature]:
     that cannot be read and TensorMismatchError for ones that do not fit.
     """
     name, keywords = split_argument(argument)
-    loading = sorted(LOADING & keywords.keys())
-    if loading:
-        raise UsageError(
-            f"base {base.spec!r}: expected keywords that shape the model; found {loading[0]}, with which timm loads files by itself; "
-            "give weights with --base-weights FILE, or pretrained=true"
-        )
+    _check_keywords(keywords, base)
     pretrained = keywords.pop("pretrained", False)
     state = base.tensors()
     if state is None and not pretrained:
@@ -59,6 +54,30 @@ def build(argument: str, base: Base) -> tuple[nn.Module, Signature]:
         raise UsageError(f"base {base.spec!r}: expected pretrained=true or --base-weights; found both; drop one")
     model = _pretrained(name, keywords, base) if state is None else _with_weights(name, keywords, state, base)
     return model, _signature(model, keywords, base)
+
+
+def skeleton(base: Base) -> nn.Module:
+    """The model without its numbers, with a head of whatever size."""
+    import torch
+
+    name, keywords = split_argument(base.spec.partition(":")[2])
+    _check_keywords(keywords, base)
+    _head_name(name, base)
+    keywords.pop("pretrained", None)
+    try:
+        with torch.device("meta"):
+            return _create(name, keywords, base)  # type: ignore[no-any-return]
+    except UsageError:  # some constructors compute with numbers
+        return _create(name, keywords, base)  # type: ignore[no-any-return]
+
+
+def _check_keywords(keywords: Mapping[str, Any], base: Base) -> None:
+    loading = sorted(LOADING & keywords.keys())
+    if loading:
+        raise UsageError(
+            f"base {base.spec!r}: expected keywords that shape the model; found {loading[0]}, with which timm loads files by itself; "
+            "give weights with --base-weights FILE, or pretrained=true"
+        )
 
 
 def _with_weights(name: str, keywords: dict[str, Any], state: Mapping[str, Tensor], base: Base) -> Any:

@@ -126,6 +126,7 @@ class Recipe:
     candidate: int = 0
     inputs: tuple[str, ...] = ()
     dtype: str | None = None
+    renames: tuple[str, ...] = ()  # OLD=NEW: of the names in the checkpoint to those of the base
     weight: float = 1.0  # of this checkpoint in a stack
     others: tuple[Recipe, ...] = ()  # the rest of the stack, in the order they act
 
@@ -184,6 +185,7 @@ class Parts:
     notes: tuple[str, ...] = ()
     covers: Covers | None = None  # which of a base's modules must be adapted; None: all alike those that are
     only: bool = False  # may no others be adapted?
+    underscored: bool = False  # the adapters' modules are named with _ for the dots
     bind: Bind | None = (
         None  # where the adapters need the base (its names, its sizes, its numbers): makes them; ``adapters`` stand for them
     )
@@ -214,6 +216,8 @@ class Checkpoint:
     missing: tuple[MissingSettingError, ...] = ()
     bind: Bind | None = None  # the adapters of this base, where ``adapters`` only stand for them
     members: tuple[Checkpoint, ...] = ()  # of a stack, in the order they act
+    underscored: bool = False  # the adapters' modules are named with _ for the dots
+    named: bool = False  # under the base's own names; see ``naming``
 
     def describe(self) -> dict[str, Any]:
         """What ``inspect`` shows and ``fused.json`` records. JSON types."""
@@ -261,6 +265,7 @@ def read(
     settings: Mapping[str, Any] | None = None,
     candidate: int = 0,
     inputs: Sequence[str] = (),
+    renames: Sequence[str] = (),
     inspecting: bool = False,
     numpy: bool = False,
 ) -> Checkpoint:
@@ -268,7 +273,8 @@ def read(
 
     base: base spec (``timm:NAME?kw=value``, ``hf:FOLDER``, ``py:FILE.py:FUNCTION``, ``open_clip:NAME``) where the checkpoint names none.
     base_weights: file with the base's state. config, settings, candidate: what the checkpoint itself does not say.
-    inputs: input specs for ``py:`` bases. numpy: read safetensors without torch; inspecting: that, and collect missing settings.
+    inputs: input specs for ``py:`` bases. renames: ``OLD=NEW``, parts of dotted names as the checkpoint
+    and as the base has them. numpy: read safetensors without torch; inspecting: that, and collect missing settings.
     Raises CheckpointError and its kin (exit code 3), UsageError.
     """
     config = [config] if isinstance(config, str | Path) else list(config)
@@ -304,12 +310,14 @@ def read(
             settings=dict(settings or {}),
             candidate=candidate,
             inputs=tuple(inputs),
+            renames=tuple(renames),
         ),
         covers=parts.covers or siblings(parts.adapters),
         only=parts.only,
         positional=given.positional,
         missing=tuple(given.missing),
         bind=parts.bind,
+        underscored=parts.underscored,
     )
 
 

@@ -12,6 +12,7 @@ from reparam_export.affine import Tensor
 from reparam_export.checkpoints._settings import Settings
 from reparam_export.errors import CheckpointError, TensorMismatchError
 from reparam_export.files import PICKLES, flat_tensors, load_pickle, load_safetensors, read_json
+from reparam_export.names.wrappers import unwrapped
 
 NATIVE = "reparam-export/1"
 
@@ -108,7 +109,7 @@ def open_source(path: Path, settings: Settings, *, base_given: bool, numpy: bool
             content, tensors = loaded, {}
         else:
             content, tensors = loaded if isinstance(loaded, Mapping) else {}, flat_tensors(file, loaded)
-    return Source(path, file, tensors, config, metadata, content, settings, base_given)
+    return Source(path, file, unwrapped(tensors, file), config, metadata, content, settings, base_given)
 
 
 def weights_file(path: Path) -> Path:

@@ -13,20 +13,13 @@ found in the base.
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from reparam_export.adapters import decomposed, full, glora_lycoris, locon, loha, lokr, lora
 from reparam_export.affine import Affine, Bottleneck, Tensor
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source, as_core, as_matrix
-from reparam_export.errors import FusionError, TensorMismatchError
-
-if TYPE_CHECKING:
-    from torch import nn
+from reparam_export.errors import FusionError
 
 FIRST = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "a1.weight", "diff", "w_norm")
 LOOKED_FOR = f"tensors NAME.KEY, no dot in NAME, with a KEY of {', '.join(FIRST)} (LyCORIS, kohya)"
@@ -37,8 +30,6 @@ REFUSED = {
     "lambda_layer": "T-LoRA",
     "bm.weight": "GLoRA with a core for the kernel",
 }
-MODEL = re.compile(r"lora_(?:unet|te\d*)(?=_)")  # kohya keeps several models in one file
-PREFIXES = ("lycoris", "lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora")
 
 
 def accepts(source: Source) -> bool:
@@ -61,11 +52,7 @@ def read(source: Source) -> Parts:
     adapters = tuple(Adapter(stem, *_params(_Named(claim, stem))) for stem in stems)
     claim.finish()
 
-    def bind(module: nn.Module) -> list[Adapter]:
-        names = found_in(module, list(stems), source.path)
-        return [replace(adapter, module=names[adapter.module]) for adapter in adapters]
-
-    return Parts(adapters, covers=lambda names: [], bind=bind)
+    return Parts(adapters, covers=lambda names: [], underscored=True)
 
 
 @dataclass(frozen=True)
@@ -134,47 +121,3 @@ def _kronecker(of: _Named) -> tuple[lokr.Params, int]:
     scale = of.scale(1 if factored is None else int(factored.shape[0]))
     w2 = None if w2 is None else as_matrix(w2)
     return lokr.Params(1.0 if factored is None else scale, w1, w1_a, w1_b, w2, w2_a, w2_b, t2), outputs
-
-
-def found_in(module: nn.Module, stems: Sequence[str], path: Path) -> dict[str, str]:
-    """For each stem the module of the base that it names. Raises TensorMismatchError for one that names none, or several."""
-    spelled: dict[str, list[str]] = {}
-    for name, part in module.named_modules():
-        if name and part._parameters.get("weight") is not None:
-            spelled.setdefault(name.replace(".", "_"), []).append(name)
-    groups: dict[str, list[str]] = {}
-    for stem in stems:
-        groups.setdefault(match[0] if (match := MODEL.match(stem)) else "", []).append(stem)
-    return {stem: name for group in groups.values() for stem, name in _names(group, spelled, path).items()}
-
-
-def _names(stems: Sequence[str], spelled: Mapping[str, Sequence[str]], path: Path) -> dict[str, str]:
-    """Of the stems of one model, which share a prefix."""
-    parts = [stem.split("_") for stem in stems]
-    possible = [{"_".join(p[:i]) for i in range(1, len(p)) if "_".join(p[i:]) in spelled} for p in parts]
-    common = set.intersection(*possible)
-    prefix = next((p for p in PREFIXES if p in common), min(common, default="", key=len))
-    if not common:
-        prefix = next((p for p in PREFIXES if any(p in found for found in possible)), parts[0][0])
-    names: dict[str, str] = {}
-    for stem in stems:
-        found = spelled.get(stem.removeprefix(f"{prefix}_"), ())
-        if len(found) != 1:
-            raise _unresolved(stem, found, stem.removeprefix(f"{prefix}_"), spelled, path)
-        names[stem] = found[0]
-    return names
-
-
-def _unresolved(
-    stem: str, found: Sequence[str], rest: str, spelled: Mapping[str, Sequence[str]], path: Path
-) -> TensorMismatchError:
-    near = [name for key in difflib.get_close_matches(rest, spelled, n=3, cutoff=0.5) for name in spelled[key]]
-    problem = (
-        f"could be each of {', '.join(found)}: with dots as underscores they are one name"
-        if found
-        else f"names no module of the base (nearest: {', '.join(near) or 'none'}); is this the base that it was trained on, and does the "
-        "file adapt one model only?"
-    )
-    return TensorMismatchError(
-        f"{path}: {stem} {problem}", module=stem, tensor="weight", expected=stem, found=list(found) or near
-    )

@@ -16,6 +16,7 @@ from reparam_export.affine import Tensor
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source
 from reparam_export.errors import FusionError, TensorMismatchError
 from reparam_export.files import flat_tensors
+from reparam_export.names.wrappers import unwrapped
 
 LOOKED_FOR = "blocks.N.attn.ssf_scale_1, ssf_shift_1 and the like (SSF)"
 PAIR = re.compile(r"(?P<owner>(?:.+\.)?)ssf_(?P<part>scale|shift)_(?P<number>\d+)")
@@ -42,7 +43,7 @@ def accepts(source: Source) -> bool:
 
 
 def read(source: Source) -> Parts:
-    tensors = {name.removeprefix("module."): tensor for name, tensor in _chosen(source).items()}
+    tensors = dict(_chosen(source))
     if OLD_SWIN in tensors or "layers.0.downsample.ssf_scale_1" in tensors:
         tensors = {_swin(name): tensor for name, tensor in tensors.items() if not _is_buffer(name)}
     claim = Claim(source.path, tensors)
@@ -62,7 +63,7 @@ def _chosen(source: Source) -> Mapping[str, Tensor]:
         ("state_dict_ema", "state_dict"),
         why="the checkpoint holds the trained weights and their moving average, two models; SSF's script evaluates the average",
     )
-    return flat_tensors(source.path, source.content[name])
+    return unwrapped(flat_tensors(source.path, source.content[name]), source.path)
 
 
 def _adapter(source: Source, claim: Claim, owner: str, number: int) -> Adapter:

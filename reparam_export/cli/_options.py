@@ -62,6 +62,13 @@ CHECKPOINT = stack(
         help="Input of a py: base: image=batch,3,64,64:float32.",
     ),
     click.option(
+        "--rename",
+        "renames",
+        metavar="OLD=NEW",
+        multiple=True,
+        help="A part of the checkpoint's names as the base has it; may be repeated.",
+    ),
+    click.option(
         "--adapter",
         "adapters",
         metavar="PATH[=WEIGHT]",
@@ -119,6 +126,7 @@ def recipe_of_call(
     settings: tuple[str, ...],
     candidate: int,
     input_specs: tuple[str, ...],
+    renames: tuple[str, ...] = (),
     adapters: tuple[str, ...] = (),
     weight: float = 1.0,
     dtype: str | None = None,
@@ -128,11 +136,13 @@ def recipe_of_call(
 
     stack = [(checkpoint, weight), *map(_weighted, adapters)]
     configs, values = _of_each(tuple(map(str, config)), len(stack)), _of_each(settings, len(stack))
+    changed = _of_each(renames, len(stack))
     first, *others = (
         Recipe(
             checkpoint=str(path.absolute()),
             config=tuple(str(Path(c).absolute()) for c in configs[n]),
             settings=dict(_setting(text) for text in values[n]),
+            renames=tuple(changed[n]),
             weight=kept,
         )
         for n, (path, kept) in enumerate(stack, 1)

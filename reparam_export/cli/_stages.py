@@ -28,8 +28,7 @@ def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool =
     checkpoint = recipe.read_lightly()
     for line in in_order(checkpoint.describe()["stack"]):
         console.line(line)
-    for note in checkpoint.notes:
-        console.line(f"note: {note}")
+    show_notes(console, checkpoint.notes)
     plan = None
     if str(checkpoint.base).startswith("hf:"):
         try:
@@ -49,7 +48,7 @@ def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool =
         )
         plan = plan_of(checkpoint, chosen)
     if plan is not None:
-        stream_stage(console, plan, recipe, folder, resume=resume, dry_run=dry_run)
+        stream_stage(console, plan, recipe, folder, checkpoint.notes, resume=resume, dry_run=dry_run)
     elif not dry_run:
         memory_stage(console, recipe, folder)
     else:
@@ -58,7 +57,9 @@ def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool =
         )
 
 
-def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, resume: bool, dry_run: bool) -> None:
+def stream_stage(
+    console: Console, plan: Plan, recipe: Recipe, folder: Path, known: tuple[str, ...], *, resume: bool, dry_run: bool
+) -> None:
     from reparam_export.report.numbers import size
     from reparam_export.streaming import expected, stream
 
@@ -81,6 +82,7 @@ def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, 
         console.line(f"untied: {name}, which was one tensor with the embeddings, is written on its own")
     for name, value in plan.corrected.items():
         console.line(f"config.json: {name} = {str(value).lower()}")
+    show_notes(console, plan.checkpoint.notes, known)
     if dry_run:
         console.result(found)
         return
@@ -91,6 +93,13 @@ def stream_stage(console: Console, plan: Plan, recipe: Recipe, folder: Path, *, 
     )
     show_narrowed(console, record["narrowed"])
     console.line(kept_line(record["survival"]))
+
+
+def show_notes(console: Console, notes: tuple[str, ...], known: tuple[str, ...] = ()) -> None:
+    """What was made of the checkpoint, but for what was said before."""
+    for note in notes:
+        if note not in known:
+            console.line(f"note: {note}")
 
 
 def show_narrowed(console: Console, names: list[str]) -> None:
@@ -113,6 +122,7 @@ def memory_stage(console: Console, recipe: Recipe, folder: Path) -> None:
         record = save_fused(folder, checkpoint, weights, recipe.dtype)
     whole = f", {len(weights.replaced)} tensors taken whole" if weights.replaced else ""
     console.line(f"fused {len(checkpoint.adapters)} adapters into {len(weights.changed)} tensors{whole}")
+    show_notes(console, weights.notes)
     show_narrowed(console, record["narrowed"])
     if recipe.dtype == "auto":
         console.line(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reparam_export.assembly import base_of
+from reparam_export.assembly import base_of, named_each
 from reparam_export.checkpoints import Checkpoint
 from reparam_export.errors import CheckpointError, ExportError, FusionError, TensorMismatchError
 from reparam_export.files import fingerprint
@@ -100,7 +100,9 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
     source, config = source_of(checkpoint, base)
     files = files_of(source)
     stored = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
-    structure = structure_of(config, stored, base, exact=checkpoint.positional)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    structure = structure_of(config, shapes, base, exact=checkpoint.positional)
+    checkpoint = named_each(checkpoint, structure.own)
     check_names(structure, stored, config)
     structure, apart = untied(structure, checkpoint, config, base)
     stored |= {name: replace(stored[holder], name=name) for name, holder in apart.items()}

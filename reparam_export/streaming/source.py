@@ -126,7 +126,7 @@ def untied(
     if not is_known(config):
         keyword = f"{base.spec}{'&' if '?' in base.spec else '?'}{UNTIED}=False"
         apart = (
-            apart and UNTIED in config and not structure_of(config, (), replace(base, spec=keyword), exact=True).ties
+            apart and UNTIED in config and not structure_of(config, {}, replace(base, spec=keyword), exact=True).ties
         )
     if not apart:
         alias, holder = next(iter(hit.items()))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reparam_export.assembly import adapted, base_of, fused, opened, place
+from reparam_export.assembly import adapted, base_of, fused, opened, place, settled
 from reparam_export.checkpoints import Adapter, Checkpoint, by_site, components
 from reparam_export.errors import EquivalenceError
 from reparam_export.fit import touched_module
@@ -58,7 +58,7 @@ class VerifiedModel:
     def module(self) -> nn.Module:
         """The plain fused model, in its storage dtypes. Raises EquivalenceError if the weights are not the proven ones."""
         self.check()
-        return fused(base_of(self.checkpoint).build()[0], self.weights.tensors)
+        return fused(base_of(settled(self.checkpoint)).build()[0], self.weights.tensors)
 
     def unfused(self, dtype: torch.dtype) -> nn.Module:
         """The unfused adapted model in one dtype: what noise floors are measured on."""
@@ -90,7 +90,7 @@ def verify(
     reference, outputs, layer, idle = prove_outputs(base, on_base, weights, signature, given)
     certificate = Certificate(
         weights_sha256=weights.sha256(),
-        checkpoint=checkpoint.describe(),
+        checkpoint={**checkpoint.describe(), "notes": list(on_base.notes)},
         base={
             "spec": checkpoint.base,
             "weights": None if checkpoint.base_weights is None else str(checkpoint.base_weights),

@@ -56,12 +56,12 @@ def _modules(job: Job, device: str) -> dict[str, tuple[nn.Module, Signature]]:
     """Every model of the job with its signature; each folder is opened once."""
     import torch
 
-    from reparam_export.assembly import base_of
+    from reparam_export.assembly import base_of, settled
     from reparam_export.folder import load_fused
     from reparam_export.latency.contenders import module_of
 
     opened = {folder: load_fused(Path(folder)) for folder in {folder for folder, _ in job.modules.values()}}
-    signatures = {folder: base_of(checkpoint).build()[1] for folder, (checkpoint, _) in opened.items()}
+    signatures = {folder: base_of(settled(checkpoint)).build()[1] for folder, (checkpoint, _) in opened.items()}
     dtype = getattr(torch, job.dtype)
     return {
         model: (module_of(*opened[folder], which).to(device, dtype), signatures[folder])

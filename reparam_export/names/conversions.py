@@ -1,0 +1,93 @@
+"""The names that transformers' files have for the tensors of a model, and where in the model each of them lies.
+
+transformers renames tensors between its versions, and gathers those of experts into stacks; files keep the names that they were first
+saved under. Its own way back (``revert_weight_conversion``, which ``save_pretrained`` uses) is run on the model's tensors on the meta
+device: what it gives are views of them, whose storage, offset and strides say which part of which tensor each is. Nothing is computed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from reparam_export.names import Own, Place
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def own_of(module: nn.Module) -> Own:
+    """The names of a model, without numbers or with them. Those of its files, where it is one of transformers."""
+    from torch import nn as torch_nn
+
+    state, files = module.state_dict(keep_vars=True), places_in_files(module)
+    layers = (torch_nn.Linear, torch_nn.Embedding, torch_nn.modules.conv._ConvNd)
+    transposed = {name for name, part in module.named_modules() if getattr(part, "is_transposed", False) is True}
+    return Own(
+        modules=tuple(name for name, _ in module.named_modules() if name),
+        tensors={name: tuple(tensor.shape) for name, tensor in state.items()},
+        files=files or {},
+        transposed=frozenset(transposed),
+        routers=frozenset(
+            name
+            for name, part in module.named_modules()
+            if files is not None
+            and not isinstance(part, layers)
+            and getattr(part._parameters.get("weight"), "ndim", 0) == 2
+            and not hasattr(part, "nf")  # transformers' Conv1D
+        ),
+    )
+
+
+def places_in_files(module: nn.Module) -> dict[str, Place | None] | None:
+    """Every name that differs in the model's files, with its place; None for a model that is not of transformers 5."""
+    try:
+        from transformers import PreTrainedModel
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return None
+    if not isinstance(module, PreTrainedModel):
+        return None
+    import torch
+
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in module.state_dict().items()}
+    names = {tensor.untyped_storage()._cdata: name for name, tensor in state.items()}
+    with _views():
+        saved = revert_weight_conversion(module, dict(state))
+    places = {name: _place(names.get(t.untyped_storage()._cdata), t, state) for name, t in saved.items()}
+    return {name: place for name, place in places.items() if place is None or not place.whole or place.tensor != name}
+
+
+def _views() -> Any:
+    """A mode in which copies of tensors are the tensors themselves."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Views(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return args[0] if func in (torch.Tensor.contiguous, torch.Tensor.clone) else func(*args, **(kwargs or {}))
+
+    return Views()
+
+
+def _place(name: str | None, view: Tensor, state: dict[str, Tensor]) -> Place | None:
+    """Which part of a tensor a view of it is: all, the transpose, one matrix of a stack, rows; None for any other part."""
+    if name is None:
+        return None
+    whole, shape, stride, offset = state[name], tuple(view.shape), tuple(view.stride()), int(view.storage_offset())
+    if shape == tuple(whole.shape) and stride == whole.stride() and offset == 0:
+        return Place(name)
+    if view.ndim == whole.ndim and view.ndim in (2, 3) and offset == 0:
+        turned = whole.transpose(-1, -2)
+        if shape == tuple(turned.shape) and stride == turned.stride():
+            return Place(name, transposed=True)
+    if view.ndim != 2 or whole.ndim not in (2, 3):
+        return None
+    rows, columns = whole.shape[-2:]
+    expert, within = divmod(offset, rows * columns) if whole.ndim == 3 else (None, offset)
+    start, rest = divmod(within, columns)
+    transposed = stride == (1, columns) and shape[0] == columns
+    count = shape[1] if transposed else shape[0]
+    straight = stride == (columns, 1) and shape[1] == columns
+    if rest or not (straight or transposed) or start + count > rows:
+        return None
+    return Place(name, expert, None if count == rows else (start, start + count), transposed and not straight)

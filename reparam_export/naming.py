@@ -1,0 +1,126 @@
+"""A checkpoint under its base's own names: its adapters, and the tensors that it brings whole."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from reparam_export.checkpoints import Adapter, Checkpoint
+from reparam_export.errors import TensorMismatchError, UsageError
+from reparam_export.fit import check_covered
+from reparam_export.names import Own, Place
+from reparam_export.names.found import Reading, read_names, renamed
+from reparam_export.names.underscored import read_underscored
+
+if TYPE_CHECKING:
+    from reparam_export.affine import Tensor
+
+
+def named(checkpoint: Checkpoint, own: Own) -> Checkpoint:
+    """The checkpoint under the names of this base, with a note where they were others; every name is used once.
+
+    Raises TensorMismatchError for a name that is none of the base's, or could be several; UsageError for a rename that changes nothing.
+    """
+    placed = [a for a in checkpoint.adapters if a.kind != "probed"]  # peft itself finds the modules of those
+    keys = (
+        [*dict.fromkeys(a.module for a in placed)]
+        if checkpoint.underscored
+        else _keys(placed, checkpoint.replaced, own)
+    )
+    if not keys:
+        return replace(checkpoint, named=True)
+    now = renamed(keys, checkpoint.recipe.renames, checkpoint.path)
+    _check_once(now, checkpoint)
+    read = read_underscored if checkpoint.underscored else read_names
+    reading = read(list(now.values()), own, checkpoint.path)
+    places = {key: reading.places[name] for key, name in now.items()}
+    if not reading.said and not checkpoint.recipe.renames and not any(a.module in own.routers for a in placed):
+        return replace(checkpoint, named=True)
+    _check_dialect(checkpoint, reading, now, own.tensors)
+    return replace(
+        checkpoint,
+        adapters=tuple(
+            a if a.kind == "probed" else _moved(a, places[_key(a, checkpoint)], own, checkpoint)
+            for a in checkpoint.adapters
+        ),
+        replaced={_name(name, places, own): tensor for name, tensor in checkpoint.replaced.items()},
+        base_state={_whole(name, reading): tensor for name, tensor in checkpoint.base_state.items()},
+        notes=(*checkpoint.notes, *([f"{reading.said}: {_example(places)}"] if reading.said else [])),
+        covers=lambda names: [],  # checked above, in the file's own names
+        only=False,
+        named=True,
+    )
+
+
+def _keys(adapters: list[Adapter], replaced: Mapping[str, Tensor], own: Own) -> list[str]:
+    """What has to be found: the weight of each adapted module, and each whole tensor, a new bias by the weight beside it."""
+    return list(dict.fromkeys([*(f"{a.module}.weight" for a in adapters), *(_beside(n, own) for n in replaced)]))
+
+
+def _key(adapter: Adapter, checkpoint: Checkpoint) -> str:
+    return adapter.module if checkpoint.underscored else f"{adapter.module}.weight"
+
+
+def _beside(name: str, own: Own) -> str:
+    """The tensor by which a whole one is found: a bias stands beside a weight, and may be new."""
+    return f"{name.removesuffix('.bias')}.weight" if name.endswith(".bias") and name not in own.tensors else name
+
+
+def _name(name: str, places: Mapping[str, Place], own: Own) -> str:
+    """The base's name of a tensor that is taken whole. Raises TensorMismatchError for one that is part of another."""
+    key = _beside(name, own)
+    place = places[key]
+    if not place.whole:
+        raise TensorMismatchError(
+            f"{name}: the checkpoint brings it whole, and it is a part of {place.tensor} in this base",
+            module=place.module, tensor=name, expected=place.tensor, found=name,
+        )  # fmt: skip
+    return place.tensor if key == name else f"{place.module}.bias"
+
+
+def _whole(name: str, reading: Reading) -> str:
+    """The base's name of a tensor of the base that the checkpoint carries; one that it does not have stays as it is."""
+    place = reading.others.get(name)
+    return place.tensor if place is not None and place.whole else name
+
+
+def _moved(adapter: Adapter, place: Place, own: Own, checkpoint: Checkpoint) -> Adapter:
+    """The adapter where its matrix lies in this base. Raises TensorMismatchError for a part that no adapter can act on."""
+    if place.parameter == "weight" and place.whole:
+        router = place.module in own.routers and adapter.parameter is None
+        return replace(adapter, module=place.module, parameter="weight" if router else adapter.parameter)
+    turned = place.transposed != (place.module in own.transposed and place.expert is not None)
+    sliced = place.rows is not None and (place.module in own.transposed or adapter.rows is not None)
+    if adapter.parameter is not None or turned or sliced:
+        raise TensorMismatchError(
+            f"{checkpoint.path}: {adapter.site} is a part of {place.tensor} in this base on which its adapter cannot act",
+            module=adapter.module, tensor=place.tensor, expected="a block of rows", found=str(place),
+        )  # fmt: skip
+    rows = adapter.rows if place.rows is None else place.rows
+    return replace(adapter, module=place.module, parameter=place.parameter, expert=place.expert, rows=rows)
+
+
+def _check_once(now: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    """Raises UsageError where renaming makes two names one."""
+    seen: dict[str, str] = {}
+    for old, new in now.items():
+        if new in seen:
+            raise UsageError(f"{checkpoint.path}: with --rename, {seen[new]} and {old} are both {new}")
+        seen[new] = old
+
+
+def _check_dialect(checkpoint: Checkpoint, reading: Reading, now: Mapping[str, str], tensors: Collection[str]) -> None:
+    """Every module that the checkpoint's configuration means has its adapter, by the names that the file has for them."""
+    if checkpoint.underscored or not reading.others:
+        return
+    back: dict[str, str] = {new: old for old, new in now.items()}
+    own = [name for name, place in reading.others.items() if name.endswith(".weight") and place.tensor in tensors]
+    check_covered([back.get(name, name).removesuffix(".weight") for name in own], checkpoint)
+
+
+def _example(places: Mapping[str, Place]) -> str:
+    name, place = next(iter(places.items()))
+    expert = "" if place.expert is None else f"[{place.expert}]"
+    rows = "" if place.rows is None else f" rows {place.rows[0]} to {place.rows[1]}"
+    return f"{name} is {place.tensor}{expert}{rows}"

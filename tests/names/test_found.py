@@ -1,0 +1,89 @@
+"""A name of a file is one of the base's, in one way, or it is named with the ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from reparam_export.errors import TensorMismatchError, UsageError
+from reparam_export.names import Own, Place
+from reparam_export.names.found import read_names, renamed
+
+FILE = Path("adapter.pt")
+
+
+def own(*names: str, **files: Place) -> Own:
+    return Own(tuple(n.removesuffix(".weight") for n in names), dict.fromkeys(names, (2, 2)), files)
+
+
+def read(names: list[str], base: Own) -> list[str]:
+    return [place.tensor for place in read_names(names, base, FILE).places.values()]
+
+
+LANGUAGE = [f"model.layers.{i}.q.weight" for i in range(2)]
+NESTED = [f"model.language_model.layers.{i}.q.weight" for i in range(2)]
+VISION = [f"model.vision_tower.layers.{i}.q.weight" for i in range(2)]
+BARE = [f"layers.{i}.q.weight" for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("given", "base"),
+    [
+        (LANGUAGE, LANGUAGE),
+        (BARE, LANGUAGE),
+        (LANGUAGE, BARE),
+        (LANGUAGE, NESTED),
+        (NESTED, LANGUAGE),
+        (BARE, NESTED),
+        (["blocks.0.fc.weight", "head.weight"], ["net.blocks.0.fc.weight", "net.head.weight"]),
+        (["model.blocks.0.fc.weight", "model.head.weight"], ["blocks.0.fc.weight", "head.weight"]),
+    ],
+)
+def test_parts_more_or_less_at_one_place(given: list[str], base: list[str]) -> None:
+    assert read(given, own(*base, "other.bias")) == base
+
+
+def test_the_bases_own_names_go_first() -> None:
+    base = own(*LANGUAGE, *(f"model.{name}" for name in LANGUAGE))
+    reading = read_names(LANGUAGE, base, FILE)
+    assert [p.tensor for p in reading.places.values()] == LANGUAGE
+    assert reading.said == ""
+
+
+def test_what_could_be_two_modules_is_refused_with_both() -> None:
+    with pytest.raises(
+        TensorMismatchError, match=r"could be each of .*language_model.*vision_tower.*--rename"
+    ) as error:
+        read(BARE, own(*NESTED, *VISION))
+    assert set(error.value.found) == {NESTED[0], VISION[0]}  # type: ignore[arg-type]
+
+
+def test_a_rename_decides(tmp_path: Path) -> None:
+    now = renamed(BARE, ["layers=model.vision_tower.layers"], FILE)
+    assert read(list(now.values()), own(*NESTED, *VISION)) == VISION
+
+
+@pytest.mark.parametrize(
+    ("names", "base"),
+    [
+        (["encoder.head.weight"], ["decoder.head.weight"]),  # another module, not the same one elsewhere
+        (["layers.0.q.weight", "layers.9.q.weight"], LANGUAGE),  # one of them is not there
+        (["q.weight"], ["q.bias"]),
+    ],
+)
+def test_other_names_are_refused(names: list[str], base: list[str]) -> None:
+    with pytest.raises(TensorMismatchError, match="does not have"):
+        read(names, own(*base))
+
+
+@pytest.mark.parametrize("text", ["", "=", "a", "nothing=b", "a b=c", "q=../x y"])
+def test_renames_that_cannot_be_meant(text: str) -> None:
+    with pytest.raises(UsageError, match="--rename"):
+        renamed(BARE, [text], FILE)
+
+
+def test_renames_take_whole_parts_in_order() -> None:
+    names = ["layers.1.q.weight", "layers.10.q.weight"]
+    assert list(renamed(names, ["layers.1=blocks.1"], FILE).values()) == ["blocks.1.q.weight", "layers.10.q.weight"]
+    assert list(renamed(names, ["=net", "net.layers="], FILE).values()) == ["1.q.weight", "10.q.weight"]
