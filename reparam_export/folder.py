@@ -7,6 +7,7 @@
     analysis.json                          inspect --analyse
     latency.json                           bench
     report.html  report.md  junit.xml      report
+    *.refuted                              what a proof failed of: see refuted.py
 
 Every file is written under a temporary name and renamed. ``fused.json`` holds the recipe (checkpoint, base, settings, with digests), so
 that a later stage reads the same checkpoint again, or says that it has changed.
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from reparam_export.checkpoints import Checkpoint, Recipe
 from reparam_export.errors import CheckpointError, EquivalenceError, UsageError
 from reparam_export.files import fingerprint, load_safetensors, read_json, replace_file, save_safetensors, sha256
+from reparam_export.refuted import check_none
 
 if TYPE_CHECKING:
     from reparam_export.analysis import BranchAnalysis
@@ -69,13 +71,14 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
     """Read the checkpoint again and the fused weights as they are on disk.
 
     Raises CheckpointError when the folder holds none, or when the checkpoint or its base changed since; EquivalenceError when streamed
-    weights are not the ones that were proven when they were written.
+    weights are not the ones that were proven when they were written, or were refuted since.
     """
     from reparam_export.fusion import FusedWeights
     from reparam_export.streaming.audit import check_streamed
     from reparam_export.streaming.staging import settle
 
     settle(folder)
+    check_none(folder)
     if not (folder / FUSED).is_file():
         raise CheckpointError(f"{folder}: holds no {FUSED}; run `reparam-export fuse CHECKPOINT -o {folder}` first")
     content = read_json(folder / FUSED)
@@ -114,7 +117,11 @@ def _weights(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weights_at(folder: Path) -> list[Path]:
-    """The files that hold the fused weights of an output folder: one, or the shards of a streamed fusion. Raises CheckpointError."""
+    """The files that hold the fused weights of an output folder: one, or the shards of a streamed fusion.
+
+    Raises CheckpointError; EquivalenceError when they were refuted.
+    """
+    check_none(folder)
     return _weight_files(folder, read_json(folder / FUSED))
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -416,3 +417,90 @@ def test_a_report_does_not_vouch_for_files_that_were_changed(hydra: Case, tmp_pa
     save_file(tensors, folder / "fused.safetensors")
     assert run("report", folder).exit_code == 1
     assert "does not hold the weights that were proven" in (folder / "report.md").read_text()
+
+
+def loads_in_no_library(folder: Path) -> bool:
+    """No file in the folder, however deep, has a name that transformers, safetensors, onnxruntime or TensorRT is given."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert any(file.name.endswith(".refuted") for file in files)
+    return not any(
+        file.suffix in (".safetensors", ".onnx", ".engine", ".bin") or file.name == "config.json" for file in files
+    )
+
+
+def test_a_refuted_model_is_set_aside_until_it_is_proven(hydra: Case, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    assert run("convert", *hydra.command(), "--to", "onnx", "-o", folder, "--batch", "1:1:2").exit_code == 0
+    whole = load_file(folder / "fused.safetensors")
+    save_file(whole | {"head.bias": whole["head.bias"] + 1}, folder / "fused.safetensors")
+    result = run("verify", folder)
+    assert result.exit_code == 1
+    assert "set aside: fused.safetensors.refuted" in error_of(result)
+    assert loads_in_no_library(folder)
+    assert json.loads((folder / "verification.json").read_text())["verdict"] == "wrong"
+    assert run("export", folder, "--to", "safetensors").exit_code == 1
+    assert run("compare", folder, folder).exit_code == 1
+    assert run("verify", folder, "--inputs", tmp_path / "none.npy").exit_code == 2
+    assert loads_in_no_library(folder)  # nothing was decided
+    save_file(whole, folder / "fused.safetensors.refuted")
+    assert run("verify", folder).exit_code == 0
+    assert (folder / "model.onnx").is_file()
+    assert not list(folder.glob("*.refuted"))
+    assert run("report", folder).exit_code == 0
+
+
+def test_a_streamed_folder_that_is_refuted_is_none_that_transformers_loads(tmp_path: Path) -> None:
+    from streaming.models import llama, lora
+    from transformers import AutoModelForCausalLM
+
+    base = llama(tmp_path / "base")
+    words = ("convert", lora(tmp_path / "adapter", base), "--to", "safetensors", "-o", tmp_path / "out")
+    assert run(*words).exit_code == 0
+    file = tmp_path / "out" / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] += 0.5
+    save_file(tensors, file, {"format": "pt"})
+    result = run("verify", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "up_proj.weight is not the tensor that was proven: [3, 5]" in error_of(result)
+    assert loads_in_no_library(tmp_path / "out")
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf.refuted")
+    assert run("report", tmp_path / "out").exit_code == 1
+    assert "hf.refuted was set aside" in (tmp_path / "out" / "report.md").read_text().replace("&#46;", ".")
+    assert run(*words, "--overwrite").exit_code == 0
+    assert not list((tmp_path / "out").glob("*.refuted"))
+
+
+def test_a_model_that_convert_refutes_leaves_the_evidence_and_nothing_to_load(
+    hydra: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reparam_export import fusion
+
+    true = fusion.fold_site
+
+    def off(*given: Any) -> Any:
+        new, moved, kept = true(*given)
+        return {name: tensor * (1 + 1e-3) for name, tensor in new.items()}, moved, kept
+
+    monkeypatch.setattr(fusion, "fold_site", off)
+    result = run("convert", *hydra.command(), "--to", "onnx", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert loads_in_no_library(tmp_path / "out")
+    assert {"fused.json", "verification.json", "report.html", "report.md"} <= {
+        f.name for f in (tmp_path / "out").iterdir()
+    }
+    assert "is out" not in result.stdout
+    assert "the result is" not in result.stdout
+
+
+def test_no_result_is_named_before_there_is_one(tmp_path: Path) -> None:
+    from streaming.models import llama, lora
+
+    base = llama(tmp_path / "base")
+    adapter = lora(tmp_path / "adapter", base)
+    result = run("fuse", adapter, "--adapter", adapter, "-o", tmp_path / "out")
+    lines = result.stdout.splitlines()
+    said = [number for number, line in enumerate(lines) if "fused.safetensors" in line]
+    assert "folded in memory" in result.stdout
+    assert said == [len(lines) - 1]

@@ -34,9 +34,7 @@ def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool =
         try:
             plan = plan_of(checkpoint, None if recipe.dtype == "auto" else recipe.dtype)
         except NotStreamableError as reason:
-            console.line(
-                f"note: folded in memory, not shard by shard: {reason}; the result is {folder / 'fused.safetensors'}"
-            )
+            console.line(f"note: folded in memory, not shard by shard: {reason}")
             check_memory(checkpoint, str(reason))
     if plan is not None and recipe.dtype == "auto":
         from reparam_export.streaming.survey import one_for_all
@@ -192,10 +190,11 @@ def available_memory() -> int | None:
 def verify_stage(console: Console, folder: Path, inputs: Path | None, count: int, seed: int) -> VerifiedModel:
     from reparam_export import verify as prove
     from reparam_export.folder import load_fused, save_proof
+    from reparam_export.refuted import on_trial
     from reparam_export.verification.certificate import Certificate
 
     check_model_fits(folder)
-    with console.stage("verify") as advance:
+    with console.stage("verify") as advance, on_trial(folder):
         checkpoint, weights = load_fused(folder)
         try:
             model = prove(checkpoint, weights, inputs, count=count, seed=seed, advance=advance)
@@ -207,6 +206,16 @@ def verify_stage(console: Console, folder: Path, inputs: Path | None, count: int
     for name in model.certificate.unexercised:
         console.line(f"note: no output depends on {name}; it is proven by its weights alone")
     return model
+
+
+def proven(folder: Path) -> VerifiedModel:
+    """The verified model of a folder, its weights proven once more. Raises EquivalenceError, and sets aside what is not proven."""
+    from reparam_export.folder import load_proof
+    from reparam_export.refuted import check_none, on_trial
+
+    check_none(folder)
+    with on_trial(folder):
+        return load_proof(folder)
 
 
 def export_stage(

@@ -9,7 +9,15 @@ import click
 
 from reparam_export.cli._latency import BENCH, bench_stage, gate, seconds
 from reparam_export.cli._options import AGAIN, CHECKPOINT, DTYPE, EXPORT, JSON, OUT, SAMPLES, out_folder, recipe_of_call
-from reparam_export.cli._stages import check_export, console_of, export_stage, fuse_stage, report_stage, verify_stage
+from reparam_export.cli._stages import (
+    check_export,
+    console_of,
+    export_stage,
+    fuse_stage,
+    proven,
+    report_stage,
+    verify_stage,
+)
 
 
 @click.command(__name__.rpartition(".")[2])
@@ -35,7 +43,7 @@ def command(
     **given: Any,
 ) -> None:
     """Fuse, verify, export and report in one go; with --bench, measure too."""
-    from reparam_export.folder import load_proof, prepare, same_samples
+    from reparam_export.folder import prepare, same_samples
     from reparam_export.latency.rounds import Settings
 
     console, settings = console_of(as_json), Settings(max_time=seconds(max_time))
@@ -50,7 +58,7 @@ def command(
         fuse_stage(console, recipe, folder, resume="begun" in done)
     try:
         known = "proof" in done and same_samples(folder, inputs, count, seed)
-        model = load_proof(folder) if known else verify_stage(console, folder, inputs, count, seed)
+        model = proven(folder) if known else verify_stage(console, folder, inputs, count, seed)
         artifacts = export_stage(console, model, folder, **options)
         found = bench_stage(console, folder, options["precision"], settings) if bench else None
     finally:

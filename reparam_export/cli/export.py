@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from reparam_export.cli._options import EXPORT, FOLDER, JSON
-from reparam_export.cli._stages import check_export, console_of, export_stage
+from reparam_export.cli._stages import check_export, console_of, export_stage, proven
 
 
 @click.command(__name__.rpartition(".")[2])
@@ -17,11 +17,9 @@ from reparam_export.cli._stages import check_export, console_of, export_stage
 @JSON
 def command(folder: Path, as_json: bool, **options: Any) -> None:
     """Write proven weights as ONNX, a TensorRT engine or safetensors, and prove the file."""
-    from reparam_export.folder import load_proof
-
     console = console_of(as_json)
     builder = check_export(options)
     if builder:
         console.line(f"engine: {builder}")
-    artifacts = export_stage(console, load_proof(folder), folder, **options)
+    artifacts = export_stage(console, proven(folder), folder, **options)
     console.result({"folder": str(folder), "artifacts": artifacts})

@@ -17,10 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.errors import ExportError
+from reparam_export.errors import ExportError, MissingBackendError
 from reparam_export.exporters.artifact import Artifact
 from reparam_export.files import plain_shard_name, read_json, save_safetensors, sha256
 from reparam_export.hf_folder import DTYPE_KEYS, bias_switches, carried, folder_of, held_wide, retyped
+from reparam_export.refuted import set_aside
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -95,7 +96,12 @@ def _in_place(model: VerifiedModel, folder: Path) -> Artifact:
     _same(own, model.weights.tensors, "hf")
     if record.get("weights_sha256") != model.certificate.weights_sha256 or own.keys() != model.weights.tensors.keys():
         raise ExportError(f"{folder / 'hf'}: holds other weights than the proven ones; run fuse and verify again")
-    _load_with_transformers(folder / "hf", own, model)
+    try:
+        _load_with_transformers(folder / "hf", own, model)
+    except MissingBackendError:
+        raise
+    except ExportError as error:  # it stands where users look for it, and would load as something else
+        raise ExportError(f"{error}; set aside: {', '.join(set_aside(folder, ('hf',)))}") from error
     details = {
         "config_changed": record.get("config_changed", {}),
         "shards": len(record.get("shards", {})),
@@ -183,6 +189,8 @@ def _load_with_transformers(folder: Path, tensors: Mapping[str, Tensor], model: 
 
     try:
         module = stock(folder)
+    except MissingBackendError:
+        raise
     except ReparamError as error:
         raise ExportError(f"transformers does not take the fused folder: {error}") from error
     state, what = module.state_dict(), "the folder as transformers loads it"

@@ -151,8 +151,11 @@ def _why_unproven(fused: dict[str, Any], certificate: Certificate | None) -> str
 def _changed(folder: Path, fused: dict[str, Any]) -> str:
     """What is no longer as it was proven: the weights themselves, against their digests. Weights that were taken away say nothing."""
     from reparam_export.folder import WEIGHTS
+    from reparam_export.refuted import aside
     from reparam_export.streaming.audit import changed_since, weights_digest
 
+    if aside(folder):
+        return f"{aside(folder)[0].name} was set aside: it is not what was proven"
     try:
         if "weights" in fused and (folder / str(fused["weights"])).is_dir():
             found = changed_since(folder, fused)

@@ -21,6 +21,7 @@ from blake3 import blake3
 
 from reparam_export.errors import UsageError
 from reparam_export.files import fingerprint, read_json
+from reparam_export.refuted import ENDING
 from reparam_export.streaming.plan import Plan, Shard
 
 STAGING, WEIGHTS, RECORD, PROGRESS = ".fuse", "hf", "fused.json", "progress.json"
@@ -126,7 +127,7 @@ def former(out: Path) -> list[Path]:
     """What earlier stages left, newest meaning first: the record goes before the weights that it speaks of."""
     names = (
         RECORD, "verification.json", "reference.npz", "artifact.json", "analysis.json", "latency.json", "report.html", "report.md",
-        "junit.xml", "model.onnx*", "model.engine", "engine.log", "model.safetensors", "genai", "fused.safetensors", WEIGHTS,
+        "junit.xml", "model.onnx*", "model.engine", "engine.log", "model.safetensors", "genai", "fused.safetensors", WEIGHTS, f"*{ENDING}",
     )  # fmt: skip
     return [path for name in names for path in sorted(out.glob(name))]
 

@@ -47,10 +47,12 @@ def holds_what_is_stored(folder: Path) -> str:
 
 def converted(checkpoint: rx.Checkpoint, dtype: str | None, out: Path, *, streamed: bool) -> rx.Artifact:
     if streamed:
-        from reparam_export.folder import load_fused, write_json
+        from reparam_export.folder import load_fused, save_proof
 
-        write_json(out / "fused.json", stream(plan_of(checkpoint, dtype), out))
-        return rx.export(rx.verify(*load_fused(out), count=2), "safetensors", out)
+        stream(plan_of(checkpoint, dtype), out)
+        model = rx.verify(*load_fused(out), count=2)
+        save_proof(out, model.certificate, model)
+        return rx.export(model, "safetensors", out)
     return rx.export(rx.verify(checkpoint, rx.fuse(checkpoint, dtype), count=2), "safetensors", out)
 
 
@@ -169,3 +171,22 @@ def test_parts_of_a_config_say_the_same() -> None:
     }
     assert made["text_config"] == {"torch_dtype": "float32", "size": 3}
     assert made["dtype_of_other_things"] == "float16"
+
+
+def test_a_streamed_folder_that_transformers_loads_as_something_else_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reparam_export.bases import hf
+
+    true = hf.stock
+
+    def other(folder: Path) -> torch.nn.Module:
+        model = true(folder)
+        model.get_parameter("model.norm.weight").data[3] *= 1.01
+        return model
+
+    base = llama(tmp_path / "base")
+    monkeypatch.setattr(hf, "stock", other)
+    with pytest.raises(ExportError, match=r"model\.norm\.weight.*set aside: hf\.refuted"):
+        converted(rx.read(lora(tmp_path / "adapter", base)), None, tmp_path / "out", streamed=True)
+    assert not (tmp_path / "out" / "hf").exists()
