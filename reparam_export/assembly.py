@@ -44,6 +44,7 @@ def base_of(checkpoint: Checkpoint) -> Base:
         replaced={name: tuple(tensor.shape) for name, tensor in checkpoint.replaced.items()},
         ignored=checkpoint.ignored,
         inputs=tuple(parse_input(text) for text in checkpoint.inputs),
+        entry=checkpoint.settings.get("base_weights"),
     )
 
 

@@ -191,8 +191,42 @@ def is_tensor(value: Any) -> bool:
     return hasattr(value, "dtype") and hasattr(value, "shape")
 
 
+def state_dicts(content: Any, depth: int = 2) -> dict[str, Mapping[str, Any]]:
+    """Every state dict in what a training script saved, by the dotted name of its entry; ``""``: the content itself is one.
+
+    Moving averages go first. States of optimizers and of random generators are none; what else stands beside is passed over.
+    """
+    if _is_state(content):
+        return {"": content}
+    found: dict[str, Mapping[str, Any]] = {}
+    if isinstance(content, Mapping) and depth:
+        for key, value in content.items():
+            if isinstance(key, str) and isinstance(value, Mapping) and "optim" not in key:
+                inner = state_dicts(value, depth - 1)
+                found |= {f"{key}.{name}".removesuffix("."): state for name, state in inner.items()}
+    return dict(sorted(found.items(), key=lambda item: "ema" not in item[0]))
+
+
+def _is_state(value: Any) -> bool:
+    """Tensors by name, with weights among them."""
+    if (
+        not isinstance(value, Mapping)
+        or not value
+        or not all(isinstance(k, str) and is_tensor(v) for k, v in value.items())
+    ):
+        return False
+    return any("float" in str(tensor.dtype) for tensor in value.values())
+
+
 def flat_tensors(path: Path, content: Any) -> dict[str, Any]:
-    """A flat mapping of tensors, unwrapped from a sole ``model`` or ``state_dict`` entry. Raises CheckpointError."""
+    """A flat mapping of tensors: the content, or the only state dict in it. Raises CheckpointError where there is none, or several."""
+    found = state_dicts(content)
+    if len(found) == 1:
+        return plain_tensors(next(iter(found.values())))
+    if found:
+        raise CheckpointError(
+            f"{path}: expected the tensors of one model, found several: {', '.join(found)}; save one on its own"
+        )
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -203,7 +237,12 @@ def flat_tensors(path: Path, content: Any) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: entry {others[0]!r} is a {type(content[others[0]]).__name__}, expected a tensor"
         )
-    return {name: _plain(value) for name, value in content.items()}
+    return plain_tensors(content)
+
+
+def plain_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a state dict; an nn.Parameter as the plain tensor it holds."""
+    return {name: _plain(value) for name, value in state.items()}
 
 
 def _plain(tensor: Any) -> Any:

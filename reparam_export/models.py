@@ -67,7 +67,8 @@ class Base:
 
     ``replaced`` holds names and shapes of base tensors that the checkpoint brings itself (a new head): they may be
     missing or have another shape in the base weights. ``ignored`` holds names in the base's own weight file that
-    belong to the adapter. ``inputs`` overrides what the model says about its inputs. ``weights`` go before ``state``.
+    belong to the adapter. ``inputs`` overrides what the model says about its inputs. ``weights`` go before ``state``; ``entry`` says which
+    of several models in that file is the base.
     """
 
     spec: str
@@ -76,10 +77,11 @@ class Base:
     replaced: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     inputs: tuple[Input, ...] = ()
+    entry: str | None = None
 
     def tensors(self) -> dict[str, Tensor] | None:
         """The base's state dict out of ``weights`` or ``state``, without wrappers' names and the ignored ones; None without either."""
-        state = self.state if self.weights is None else unwrapped(load_state(self.weights), self.weights)
+        state = self.state if self.weights is None else unwrapped(load_state(self.weights, self.entry), self.weights)
         return None if state is None else {k: v for k, v in state.items() if k not in self.ignored}
 
     def skeleton(self) -> nn.Module | None:

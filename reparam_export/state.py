@@ -14,36 +14,27 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.errors import CheckpointError, TensorMismatchError
-from reparam_export.files import load_pickle, load_safetensors
+from reparam_export.errors import CheckpointError, MissingSettingError, TensorMismatchError, UsageError
+from reparam_export.files import load_pickle, load_safetensors, plain_tensors, state_dicts
+from reparam_export.names.constants import CONSTANTS as CONSTANTS
+from reparam_export.names.constants import is_constant as is_constant
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".tar")
-WRAPPERS = ("model", "state_dict")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".tar", ".ckpt")
 CODE = 1 << 26  # bytes of one file of code in a TorchScript archive
 UNPACKED = 50  # times the size of an .npz file: weights do not shrink so far
 
-# Buffers that hold no learned number: later versions of the libraries compute them, so files have them and models do
-# not. Each is (name, dtypes): a learned tensor of that name would have another dtype.
-INTEGER, MASK = ("torch.int64", "torch.int32"), ("torch.bool", "torch.uint8", "torch.float32", "torch.float16")
-CONSTANTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("embeddings.position_ids", INTEGER),
-    ("embeddings.token_type_ids", INTEGER),
-    ("attn.relative_position_index", INTEGER),
-    ("attn.masked_bias", MASK),
-    ("rotary_emb.inv_freq", ("torch.float32", "torch.float16", "torch.bfloat16")),
-)
 
-
-def load_state(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors``, ``.pt``/``.pth``/``.bin``/``.tar``, TorchScript or ``.npz`` file, by name.
+def load_state(path: Path | str, entry: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors``, ``.pt``/``.pth``/``.bin``/``.tar``/``.ckpt``, TorchScript or ``.npz`` file, by name.
 
     They keep their dtype and shape and are memory-mapped where the format allows. Pickles are read with
-    ``weights_only=True``, so a file cannot run code; a sole entry ``model`` or ``state_dict`` is unwrapped.
-    Raises CheckpointError for a missing, truncated or unknown file and for one that holds more than tensors.
+    ``weights_only=True``, so a file cannot run code. Of what a training script saved, the only state dict in it is taken, or the one of
+    that entry where there are several (a moving average beside the weights).
+    Raises CheckpointError for a missing, truncated or unknown file and for one without weights, MissingSettingError for several models.
     """
     path = Path(path)
     if not path.is_file():
@@ -54,7 +45,7 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
     if path.suffix == ".npz":
         return _npz(path)
     if path.suffix in TORCH_SUFFIXES:
-        return _torch_script(path) if _is_torch_script(path) else _tensors(path, load_pickle(path))
+        return _torch_script(path) if _is_torch_script(path) else _tensors(path, load_pickle(path), entry)
     raise CheckpointError(
         f"weights {path}: expected a file that ends in .safetensors, .npz, {', '.join(TORCH_SUFFIXES)}; found "
         f"{path.suffix or 'no suffix'!r}; convert it to .safetensors"
@@ -143,25 +134,39 @@ def _torch_script(path: Path) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
+def _tensors(path: Path, content: Any, entry: str | None) -> dict[str, Tensor]:
     """The one name -> tensor mapping in what a pickle holds. Raises CheckpointError when there is none, or several."""
-    import torch
-
-    def flat(value: Any) -> bool:
-        return isinstance(value, Mapping) and all(isinstance(v, torch.Tensor) for v in value.values()) and bool(value)
-
-    found: Any = content
-    if isinstance(content, Mapping) and not flat(content):
-        several = [k for k, v in content.items() if flat(v) or isinstance(v, torch.Tensor)]
-        if len(several) == 1 and several[0] in WRAPPERS:
-            found = content[several[0]]
-    if not flat(found):
-        entries = ", ".join(f"{k} ({type(v).__name__})" for k, v in found.items()) if isinstance(found, Mapping) else ""
-        raise CheckpointError(
-            f"weights {path}: expected a dict of names and tensors, or a dict with exactly one such dict in it, called "
-            f"{' or '.join(WRAPPERS)}; found a {type(found).__name__} {entries[:300]}; save the right dict on its own"
+    found = state_dicts(content)
+    if entry is not None and entry not in found:
+        raise UsageError(f"weights {path}: base_weights={entry}: expected one of {', '.join(found) or 'none'}")
+    if len(found) > 1 and entry is None:
+        raise MissingSettingError(
+            f"weights {path}: expected one dict of names and tensors, found {', '.join(found)}: which one the adapter "
+            f"was trained on decides the result; say it with --set base_weights={'|'.join(found)}",
+            setting="base_weights",
+            found_in="the training script",
+            option=f"--set base_weights={'|'.join(found)}",
         )
-    return {str(name): tensor.detach() for name, tensor in found.items()}
+    if not found:
+        entries = (
+            ", ".join(f"{k} ({type(v).__name__})" for k, v in content.items()) if isinstance(content, Mapping) else ""
+        )
+        raise CheckpointError(
+            f"weights {path}: expected a dict of names and tensors, or a dict with such a dict in it; found a {type(content).__name__} "
+            f"{entries[:300]}; save the right dict on its own"
+        )
+    return plain_tensors(found[entry] if entry is not None else next(iter(found.values())))
+
+
+def unnested(state: Mapping[str, Tensor], expected: Collection[str]) -> Mapping[str, Tensor]:
+    """The state without the one name that all of its names begin with, as a LightningModule's do, where that makes it the model's."""
+    rest = state
+    while rest and not any(name in expected for name in rest):
+        heads = {name.partition(".")[0] for name in rest}
+        if len(heads) > 1 or not all("." in name for name in rest):
+            return state
+        rest = {name.partition(".")[2]: tensor for name, tensor in rest.items()}
+    return rest
 
 
 def _unreadable(path: Path, expected: str, error: Exception) -> CheckpointError:
@@ -182,6 +187,7 @@ def assign(module: nn.Module, state: Mapping[str, Tensor], *, optional: Collecti
     import torch
 
     expected = module.state_dict(keep_vars=True)
+    state = unnested(state, expected)
     ties = _ties(expected)
     chosen: dict[str, Tensor] = {}
     for names in ties:
@@ -222,13 +228,6 @@ def check_replaced(module: nn.Module, replaced: Mapping[str, tuple[int, ...]]) -
                 expected=tuple(shape),
                 found=shapes.get(name),
             )
-
-
-def is_constant(name: str, tensor: Tensor) -> bool:
-    """Whether the tensor is one of the CONSTANTS, which a file may hold though the model has no such tensor."""
-    return any(
-        (name == suffix or name.endswith("." + suffix)) and str(tensor.dtype) in dtypes for suffix, dtypes in CONSTANTS
-    )
 
 
 def _ties(expected: Mapping[str, Tensor]) -> list[tuple[str, ...]]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from reparam_export.errors import CheckpointError, TensorMismatchError
+from reparam_export.errors import CheckpointError, MissingSettingError, TensorMismatchError, UsageError
 from reparam_export.state import assign, check_replaced, load_state
 
 STATE = {"a.weight": torch.randn(3, 2).bfloat16(), "b": torch.arange(4), "c": torch.tensor(2.0, dtype=torch.float64)}
@@ -117,9 +117,7 @@ def test_a_pickle_that_wants_more_than_tensors_is_refused_by_name(
         {},
         {"model": {}},
         {"a": torch.ones(1), "epoch": 3},
-        {"model": {"a": torch.ones(1)}, "model_ema": {"a": torch.ones(1)}},
-        {"model": {"a": torch.ones(1)}, "state_dict": {"a": torch.ones(1)}},
-        {"weights": {"a": torch.ones(1)}},
+        {"optimizer": {"a": torch.ones(1)}, "rng": {"cpu": torch.ones(3, dtype=torch.uint8)}},
         [torch.ones(1)],
     ],
 )
@@ -127,6 +125,46 @@ def test_a_file_without_one_dict_of_tensors_is_refused(tmp_path: Path, content: 
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match="dict of names and tensors"):
         load_state(tmp_path / "w.pt")
+
+
+def test_the_only_state_dict_of_a_training_checkpoint_is_found_wherever_it_lies(tmp_path: Path) -> None:
+    moments = {"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": []}
+    for content in ({"weights": STATE}, {"net": {"module": STATE}, "optimizer": moments, "rng_state": torch.ones(2)}):
+        torch.save(content, tmp_path / "w.ckpt")
+        assert same(load_state(tmp_path / "w.ckpt"), STATE)
+
+
+@pytest.mark.parametrize("average", ["model_ema", "ema.module", "state_dict"])
+def test_of_several_models_in_a_file_one_must_be_named(tmp_path: Path, average: str) -> None:
+    outer, _, inner = average.partition(".")
+    other = {name: tensor + 1 for name, tensor in STATE.items()}
+    torch.save({"model": STATE, outer: {inner: other} if inner else other, "epoch": 3}, tmp_path / "w.pt")
+    with pytest.raises(MissingSettingError, match=f"--set base_weights=.*{average}") as caught:
+        load_state(tmp_path / "w.pt")
+    assert caught.value.setting == "base_weights"
+    assert same(load_state(tmp_path / "w.pt", "model"), STATE)
+    assert same(load_state(tmp_path / "w.pt", average), other)
+    with pytest.raises(UsageError, match=f"expected one of .*{average}"):
+        load_state(tmp_path / "w.pt", "weights")
+
+
+def test_the_name_that_all_names_begin_with_goes_where_that_makes_them_the_models(tmp_path: Path) -> None:
+    own = {name: torch.randn(tensor.shape) for name, tensor in nn.Sequential(nn.Linear(3, 2)).state_dict().items()}
+    module = nn.Sequential(nn.Linear(3, 2))
+    assign(module, {f"net.model.{name}": tensor for name, tensor in own.items()})
+    assert same(module.state_dict(), own)
+    with pytest.raises(TensorMismatchError, match=r"0\.weight is missing"):
+        assign(module, {f"{name.replace('0', 'net')}.0": tensor for name, tensor in own.items()} | {"b": torch.ones(2)})
+
+
+def test_the_integers_of_openais_clip_archives_are_no_tensors_of_the_model() -> None:
+    sizes = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(8), "vocab_size": torch.tensor(50)}
+    own = {"weight": torch.randn(2, 3), "bias": torch.randn(2)}
+    module = nn.Linear(3, 2)
+    assign(module, own | sizes)
+    assert same(module.state_dict(), own)
+    with pytest.raises(TensorMismatchError, match="vocab_size is left over"):
+        assign(module, own | {"vocab_size": torch.ones(1)})
 
 
 class Tied(nn.Module):

@@ -35,7 +35,7 @@ from reparam_export.errors import (
 )
 from reparam_export.files import plain_shard_name
 from reparam_export.models import Base, Input, Signature, first_line, split_argument, with_observed_outputs
-from reparam_export.state import is_constant, load_state
+from reparam_export.state import is_constant, load_state, unnested
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,6 +66,8 @@ def build(argument: str, base: Base) -> tuple[nn.Module, Signature]:
         state = base.tensors()
         if state is None:
             state = {k: v for k, v in _stored(place, folder, base).items() if k not in base.ignored}
+        elif len({name.partition(".")[0] for name in state}) == 1:
+            state = dict(unnested(state, skeleton(base).state_dict()))
         model = _load(model_class, config, state, options, base)
     return model, _signature(model, base, options.get("experts_implementation"))
 

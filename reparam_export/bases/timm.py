@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.errors import CheckpointError, MissingSettingError, TensorMismatchError, UsageError
 from reparam_export.models import Base, Input, Signature, first_line, split_argument, with_observed_outputs
-from reparam_export.state import assign
+from reparam_export.state import assign, unnested
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,6 +83,8 @@ def _check_keywords(keywords: Mapping[str, Any], base: Base) -> None:
 def _with_weights(name: str, keywords: dict[str, Any], state: Mapping[str, Tensor], base: Base) -> Any:
     head = _head_name(name, base)
     jax_prefix = next((p for p in JAX_PREFIXES if base.weights and f"{p}embedding/kernel" in state), None)
+    if jax_prefix is None and f"{head}.weight" not in state:
+        state = unnested(state, skeleton(base).state_dict())
     if "num_classes" not in keywords:
         rows = base.replaced.get(f"{head}.weight", ()) or tuple(getattr(state.get(f"{head}.weight"), "shape", ()))
         if jax_prefix is not None and not rows:

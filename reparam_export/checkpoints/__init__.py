@@ -282,6 +282,8 @@ def read(
     source = open_source(Path(path), given, base_given=base is not None, numpy=inspecting or numpy)
     name, fmt = recognise(source)
     parts = _read(fmt, source)
+    if base_weights is not None and "base_weights" in given.values:  # which of the models in that file
+        given.used["base_weights"] = str(given.values["base_weights"])
     given.check_all_used(name)
     check(source.path, parts)
     check_plain(source.path, parts)

@@ -11,7 +11,15 @@ from typing import Any
 from reparam_export.affine import Tensor
 from reparam_export.checkpoints._settings import Settings
 from reparam_export.errors import CheckpointError, TensorMismatchError
-from reparam_export.files import PICKLES, flat_tensors, load_pickle, load_safetensors, read_json
+from reparam_export.files import (
+    PICKLES,
+    flat_tensors,
+    load_pickle,
+    load_safetensors,
+    plain_tensors,
+    read_json,
+    state_dicts,
+)
 from reparam_export.names.wrappers import unwrapped
 
 NATIVE = "reparam-export/1"
@@ -73,6 +81,10 @@ class Claim:
         """Every remaining tensor whose name satisfies ``wanted``."""
         return {name: self._left.pop(name) for name in list(self._left) if wanted(name)}
 
+    def put_back(self, tensors: Mapping[str, Tensor]) -> None:
+        """What was taken, and belongs to nothing."""
+        self._left |= tensors
+
     def names(self) -> list[str]:
         return list(self._left)
 
@@ -108,8 +120,20 @@ def open_source(path: Path, settings: Settings, *, base_given: bool, numpy: bool
         if isinstance(loaded, Mapping) and loaded.get("format") == NATIVE:
             content, tensors = loaded, {}
         else:
-            content, tensors = loaded if isinstance(loaded, Mapping) else {}, flat_tensors(file, loaded)
+            content, tensors = loaded if isinstance(loaded, Mapping) else {}, _state(file, loaded, settings)
     return Source(path, file, unwrapped(tensors, file), config, metadata, content, settings, base_given)
+
+
+def _state(file: Path, loaded: Any, settings: Settings) -> dict[str, Tensor]:
+    """What a training script saved, as tensors: of the only state dict, or of the one that the user chose. Raises MissingSettingError."""
+    found = state_dicts(loaded)
+    if len(found) < 2:
+        return flat_tensors(file, loaded)
+    average = (
+        "the trained weights and their moving average" if any("ema" in name for name in found) else "several models"
+    )
+    why = f"{file}: the checkpoint holds {average}; which one was evaluated decides what the result is"
+    return plain_tensors(found[settings.choice("weights", list(found), why=why)])
 
 
 def weights_file(path: Path) -> Path:

@@ -1,13 +1,15 @@
 """GLoRA ViT: the ``.pt`` of ``utils.save`` (Arnav0400/ViT-Slim, GLoRA): ``X.Ad X.Au X.Bd X.Bu X.Cd X.Cu X.D X.E`` per Linear, and the head.
 
 Which path each layer takes is not in it: the evolution checkpoint ``checkpoint-N.pth.tar`` holds the candidates, one choice per Linear in
-the order of the model's modules, which is the order of this file.
+the order of the model's modules, which is the order of this file. A state dict of the whole supernet has the same names beside those of
+the base.
 """
 
 from __future__ import annotations
 
 from reparam_export.adapters import glora
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source
+from reparam_export.checkpoints._carried import parts_with
 from reparam_export.checkpoints._settings import Choice
 from reparam_export.errors import CheckpointError
 
@@ -22,9 +24,7 @@ def accepts(source: Source) -> bool:
 def read(source: Source) -> Parts:
     claim = source.claim()
     adapters = supports(source, claim, mark=".", prefix="")
-    replaced = claim.take_all(lambda name: "head" in name)
-    claim.finish()
-    return Parts(adapters, replaced)
+    return parts_with(adapters, claim)
 
 
 def supports(source: Source, claim: Claim, *, mark: str, prefix: str) -> tuple[Adapter, ...]:

@@ -1,7 +1,8 @@
 """Hydra elevater (CLIP): the dict of ``get_Hydra_weights()`` (extremebird/Hydra, elevater): every parameter named ``adapter``.
 
 ``X.mlp.ad_lin.adapter_{par,seq}`` act on ``X.mlp.c_proj`` of the OpenAI layout, in the visual and the text tower. The scale is a
-parameter of each branch when it was learnable, otherwise only the run's configuration holds it.
+parameter of each branch when it was learnable, otherwise only the run's configuration holds it. A state dict of the whole model has the
+frozen layer as ``X.mlp.ad_lin.linear``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import re
 from typing import Any
 
 from reparam_export.adapters import hydra
-from reparam_export.checkpoints import Adapter, Parts, Source
+from reparam_export.checkpoints import Adapter, Claim, Parts, Source
+from reparam_export.checkpoints._carried import parts_with
 from reparam_export.checkpoints.hydra_vtab import check_branches, pair
 
 LOOKED_FOR = "...mlp.ad_lin.adapter_par.down_proj.weight and the like (Hydra, CLIP)"
@@ -22,7 +24,7 @@ def accepts(source: Source) -> bool:
 
 
 def read(source: Source) -> Parts:
-    claim = source.claim()
+    claim = Claim(source.path, {name.replace(".ad_lin.linear.", ".c_proj."): t for name, t in source.tensors.items()})
     parents = dict.fromkeys(m["parent"] for name in source.tensors if (m := BRANCH.fullmatch(name)))
     fixed: float | None = None
     adapters = []
@@ -38,5 +40,4 @@ def read(source: Source) -> Parts:
         params = hydra.Params(branches["par"], branches["seq"], scales["par"] or 0.0, scales["seq"] or 0.0)
         adapters.append(Adapter(f"{parent}.c_proj", "hydra", params))
     check_branches(source, adapters)
-    claim.finish()
-    return Parts(tuple(adapters))
+    return parts_with(adapters, claim, lambda name: False)

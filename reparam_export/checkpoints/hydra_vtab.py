@@ -1,7 +1,7 @@
 """Hydra vtab1k: the ``.pt`` of ``utils.save`` (extremebird/Hydra, vtab1k): every parameter named ``hydra`` or ``head``.
 
 ``blocks.N.attn.hydra_proj_{par,seq}`` act on ``attn.proj``, ``blocks.N.mlp.hydra_mlp_{par,seq}`` on ``mlp.fc2``. One scale for all,
-which only the YAML of the run holds.
+which only the YAML of the run holds. A state dict of the whole model has the same names beside those of the base.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from reparam_export.adapters import hydra
 from reparam_export.affine import Affine, Bottleneck
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source, unnumbered
+from reparam_export.checkpoints._carried import parts_with
 from reparam_export.errors import TensorMismatchError
 
 LOOKED_FOR = "blocks.N.attn.hydra_proj_par.down_proj.weight and the like (Hydra, vtab1k)"
@@ -35,9 +36,7 @@ def read(source: Source) -> Parts:
         params = hydra.Params(pair(claim, f"{prefix}_par"), pair(claim, f"{prefix}_seq"), scale, scale)
         adapters.append(Adapter(f"{parent}.{ADAPTED[layer]}", "hydra", params))
     check_branches(source, adapters)
-    replaced = claim.take_all(lambda name: "head" in name)
-    claim.finish()
-    return Parts(tuple(adapters), replaced)
+    return parts_with(adapters, claim)
 
 
 def check_branches(source: Source, adapters: Sequence[Adapter]) -> None:

@@ -2,6 +2,7 @@
 
 ``blocks.N.adapter_attn`` acts on the input of ``attn.qkv``, ``blocks.N.adapter_mlp`` on that of ``mlp.fc1``; the scale is in the run's YAML
 only. The generic API of its README puts ``X.adapter`` in front of every Linear X, with scale 1 and without the head.
+A state dict of the whole model has the same names beside those of the base.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from reparam_export.adapters import repadapter
 from reparam_export.affine import Affine, Bottleneck, Tensor
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source
+from reparam_export.checkpoints._carried import parts_with
 from reparam_export.errors import TensorMismatchError
 
 LOOKED_FOR = "blocks.N.adapter_attn.conv_A.weight, or X.adapter.conv_A.weight (RepAdapter)"
@@ -34,9 +36,7 @@ def read(source: Source) -> Parts:
     for parent, site in sites:
         pair = _pair(source, claim, f"{parent}.{site}")
         adapters.append(Adapter(parent + ADAPTED[site], "repadapter", repadapter.Params(pair, scale)))
-    replaced = claim.take_all(lambda name: "head" in name)
-    claim.finish()
-    return Parts(tuple(adapters), replaced)
+    return parts_with(adapters, claim)
 
 
 def _pair(source: Source, claim: Claim, prefix: str) -> Bottleneck:

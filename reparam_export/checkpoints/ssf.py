@@ -8,15 +8,12 @@ with ``--model-ema`` its moving average, which is the one that the script evalua
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from reparam_export.adapters import ssf
-from reparam_export.affine import Tensor
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source
+from reparam_export.checkpoints._carried import parts_with
 from reparam_export.errors import FusionError, TensorMismatchError
-from reparam_export.files import flat_tensors
-from reparam_export.names.wrappers import unwrapped
 
 LOOKED_FOR = "blocks.N.attn.ssf_scale_1, ssf_shift_1 and the like (SSF)"
 PAIR = re.compile(r"(?P<owner>(?:.+\.)?)ssf_(?P<part>scale|shift)_(?P<number>\d+)")
@@ -43,27 +40,13 @@ def accepts(source: Source) -> bool:
 
 
 def read(source: Source) -> Parts:
-    tensors = dict(_chosen(source))
+    tensors = dict(source.tensors)
     if OLD_SWIN in tensors or "layers.0.downsample.ssf_scale_1" in tensors:
         tensors = {_swin(name): tensor for name, tensor in tensors.items() if not _is_buffer(name)}
     claim = Claim(source.path, tensors)
     pairs = dict.fromkeys((m["owner"], int(m["number"])) for name in tensors if (m := PAIR.fullmatch(name)))
     adapters = tuple(_adapter(source, claim, owner, number) for owner, number in pairs)
-    others = claim.take_all(lambda name: True)
-    whole = any(f"{adapter.module}.weight" in others for adapter in adapters)
-    return Parts(adapters, others, base=_base(source), base_state=others if whole else {})
-
-
-def _chosen(source: Source) -> Mapping[str, Tensor]:
-    """The trained weights, or their moving average where the file has one and the user says so."""
-    if "state_dict_ema" not in source.content:
-        return source.tensors
-    name = source.settings.choice(
-        "weights",
-        ("state_dict_ema", "state_dict"),
-        why="the checkpoint holds the trained weights and their moving average, two models; SSF's script evaluates the average",
-    )
-    return unwrapped(flat_tensors(source.path, source.content[name]), source.path)
+    return parts_with(adapters, claim, lambda name: True, base=_base(source))
 
 
 def _adapter(source: Source, claim: Claim, owner: str, number: int) -> Adapter:

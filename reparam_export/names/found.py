@@ -116,7 +116,9 @@ def _shifts(names: Sequence[str], universe: Mapping[str, Place]) -> list[Shift]:
 
 def _common(names: Sequence[str]) -> list[str]:
     """The parts that all names begin with; the name of a tensor and of its own layer are none of them."""
-    split = [name.split(".")[:-2] for name in names]
+    split = [
+        name.split(".")[: -2 if name.endswith((".weight", ".bias")) else -1] for name in names
+    ]  # cls_token has no layer
     shortest = min(split, key=len)
     count = next((i for i, part in enumerate(shortest) if any(s[i] != part for s in split)), len(shortest))
     return shortest[:count]
