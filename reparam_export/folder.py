@@ -237,6 +237,12 @@ def same_samples(folder: Path, inputs: Path | None, count: int, seed: int) -> bo
     )
 
 
+def witnessed(folder: Path, wanted: str) -> bool:
+    """Does the proof in this folder say of a second witness what is wanted now?"""
+    heard = read_json(folder / PROOF).get("witness") or []
+    return bool(heard) and (wanted != "required" or any(each.get("who") for each in heard))
+
+
 def made_from(folder: Path, recipe: Recipe, *, asked: bool) -> bool:
     """Was the folder made from this checkpoint? Raises UsageError when it was not and the user asked for it."""
     made = folder / FUSED

@@ -91,6 +91,12 @@ SAMPLES = stack(
     ),
     click.option("--seed", default=0, help="Seed of random samples and probes.  [0]"),
 )
+WITNESS = click.option(
+    "--witness",
+    metavar="auto|required|none",
+    default="auto",
+    help="Second reading of the checkpoint by the library that wrote it; required: exit 1 without one.  [auto]",
+)
 EXPORT = stack(
     click.option(
         "--to", "targets", type=click.Choice(TARGETS), multiple=True, required=True, help="Target; may be repeated."

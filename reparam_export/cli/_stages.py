@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from reparam_export.report import Report
     from reparam_export.streaming import Plan
     from reparam_export.verification import VerifiedModel
+    from reparam_export.verification.certificate import WitnessEvidence
 
 SHOWN = 5  # created biases named one by one
 
@@ -187,7 +188,9 @@ def available_memory() -> int | None:
     return found[0] if found else None
 
 
-def verify_stage(console: Console, folder: Path, inputs: Path | None, count: int, seed: int) -> VerifiedModel:
+def verify_stage(
+    console: Console, folder: Path, inputs: Path | None, count: int, seed: int, witness: str = "auto"
+) -> VerifiedModel:
     from reparam_export import verify as prove
     from reparam_export.folder import load_fused, save_proof
     from reparam_export.refuted import on_trial
@@ -197,7 +200,7 @@ def verify_stage(console: Console, folder: Path, inputs: Path | None, count: int
     with console.stage("verify") as advance, on_trial(folder):
         checkpoint, weights = load_fused(folder)
         try:
-            model = prove(checkpoint, weights, inputs, count=count, seed=seed, advance=advance)
+            model = prove(checkpoint, weights, inputs, count=count, seed=seed, advance=advance, witness=witness)
         except EquivalenceError as error:
             if isinstance(error.evidence, Certificate):
                 save_proof(folder, error.evidence, None)
@@ -205,6 +208,7 @@ def verify_stage(console: Console, folder: Path, inputs: Path | None, count: int
         save_proof(folder, model.certificate, model)
     for name in model.certificate.unexercised:
         console.line(f"note: no output depends on {name}; it is proven by its weights alone")
+    witness_lines(console, model.certificate.witness)
     return model
 
 
@@ -216,6 +220,16 @@ def proven(folder: Path) -> VerifiedModel:
     check_none(folder)
     with on_trial(folder):
         return load_proof(folder)
+
+
+def witness_lines(console: Console, heard: tuple[WitnessEvidence, ...]) -> None:
+    """Who read the checkpoint a second time; never silent where nobody did."""
+    from reparam_export.report.witness import agreed
+
+    for each in heard:
+        console.line(f"witness: {agreed(each)}" if each.who else f"no second witness: {each.absent}")
+        for note in each.notes:
+            console.line(f"note: {note}")
 
 
 def export_stage(

@@ -8,7 +8,18 @@ from typing import Any
 import click
 
 from reparam_export.cli._latency import BENCH, bench_stage, gate, seconds
-from reparam_export.cli._options import AGAIN, CHECKPOINT, DTYPE, EXPORT, JSON, OUT, SAMPLES, out_folder, recipe_of_call
+from reparam_export.cli._options import (
+    AGAIN,
+    CHECKPOINT,
+    DTYPE,
+    EXPORT,
+    JSON,
+    OUT,
+    SAMPLES,
+    WITNESS,
+    out_folder,
+    recipe_of_call,
+)
 from reparam_export.cli._stages import (
     check_export,
     console_of,
@@ -24,6 +35,7 @@ from reparam_export.cli._stages import (
 @CHECKPOINT
 @DTYPE
 @SAMPLES
+@WITNESS
 @EXPORT
 @BENCH
 @OUT
@@ -38,12 +50,13 @@ def command(
     inputs: Path | None,
     count: int,
     seed: int,
+    witness: str,
     bench: bool,
     max_time: str,
     **given: Any,
 ) -> None:
     """Fuse, verify, export and report in one go; with --bench, measure too."""
-    from reparam_export.folder import prepare, same_samples
+    from reparam_export.folder import prepare, same_samples, witnessed
     from reparam_export.latency.rounds import Settings
 
     console, settings = console_of(as_json), Settings(max_time=seconds(max_time))
@@ -57,8 +70,8 @@ def command(
     if "fused" not in done:
         fuse_stage(console, recipe, folder, resume="begun" in done)
     try:
-        known = "proof" in done and same_samples(folder, inputs, count, seed)
-        model = proven(folder) if known else verify_stage(console, folder, inputs, count, seed)
+        known = "proof" in done and same_samples(folder, inputs, count, seed) and witnessed(folder, witness)
+        model = proven(folder) if known else verify_stage(console, folder, inputs, count, seed, witness)
         artifacts = export_stage(console, model, folder, **options)
         found = bench_stage(console, folder, options["precision"], settings) if bench else None
     finally:

@@ -6,19 +6,20 @@ from pathlib import Path
 
 import click
 
-from reparam_export.cli._options import FOLDER, JSON, SAMPLES
+from reparam_export.cli._options import FOLDER, JSON, SAMPLES, WITNESS
 from reparam_export.cli._stages import console_of, read_record, verify_stage
 
 
 @click.command(__name__.rpartition(".")[2])
 @FOLDER
 @SAMPLES
+@WITNESS
 @JSON
-def command(folder: Path, inputs: Path | None, count: int, seed: int, as_json: bool) -> None:
+def command(folder: Path, inputs: Path | None, count: int, seed: int, witness: str, as_json: bool) -> None:
     """Prove that the fused weights in FOLDER are the trained model: writes verification.json."""
     console = console_of(as_json)
     try:
-        verify_stage(console, folder, inputs, count, seed)
+        verify_stage(console, folder, inputs, count, seed, witness)
     finally:
         if (folder / "verification.json").is_file():
             console.result({"folder": str(folder), **read_record(folder / "verification.json")})

@@ -28,6 +28,7 @@ from reparam_export.verification.certificate import (
     LayerEvidence,
     OutputEvidence,
     Verdict,
+    WitnessEvidence,
 )
 
 T = TypeVar("T")
@@ -77,6 +78,7 @@ class Evidence:
     analysis: tuple[BranchAnalysis, ...] = ()  # where it was asked for
     written: tuple[LayerEvidence, ...] = ()
     latency: Measured | None = None
+    witness_of_weights: tuple[WitnessEvidence, ...] = ()  # of weights that were proven while they were written
 
     @property
     def outputs(self) -> tuple[OutputEvidence, ...]:
@@ -111,6 +113,7 @@ def read_evidence(folder: Path) -> Evidence:
         exported=exported,
         analysis=_analysis(folder, fused["checkpoint"].get("sha256")),
         written=_written(folder, fused),
+        witness_of_weights=_witness(folder, "fused.json", fused),
         latency=measured(latency, folder, fused["weights_sha256"], why or wrong, exported) if latency else None,
     )
 
@@ -197,15 +200,24 @@ def _certificate(folder: Path, raw: dict[str, Any]) -> Certificate:
     try:
         if raw.get("verdict") not in get_args(Verdict):
             raise ValueError(f"unknown verdict {raw.get('verdict')!r}")
-        parts = {
+        parts: dict[str, Any] = {
             "layers": tuple(_layer(each) for each in raw["layers"]),
             "carried": _typed(CarriedEvidence, raw["carried"]),
             "outputs": tuple(_output(each) for each in raw["outputs"]),
             "graph": _typed(GraphEvidence, raw["graph"]),
         }
+        if "witness" in raw:
+            parts["witness"] = tuple(_typed(WitnessEvidence, each) for each in raw["witness"])
         return _typed(Certificate, raw, parts)
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(folder, "verification.json", _reason(error)) from error
+
+
+def _witness(folder: Path, name: str, raw: dict[str, Any]) -> tuple[WitnessEvidence, ...]:
+    try:
+        return tuple(_typed(WitnessEvidence, each) for each in raw.get("witness") or ())
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(folder, name, _reason(error)) from error
 
 
 def _written(folder: Path, fused: dict[str, Any]) -> tuple[LayerEvidence, ...]:

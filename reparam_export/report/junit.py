@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.report import latency
+from reparam_export.report import latency, witness
 from reparam_export.report.evidence import Evidence
 from reparam_export.report.measured import Measured
 from reparam_export.report.numbers import number, percent, plural
@@ -50,6 +50,7 @@ def _suites(evidence: Evidence) -> Iterator[tuple[str, list[Case]]]:
         yield "layers", [_layer_case(layer) for layer in certificate.layers]
         yield "carried tensors", [_carried_case(certificate)]
         yield "graph", [_graph_case(certificate)]
+        yield "second witness", [_witness_case(certificate)]
     if evidence.outputs:
         yield "outputs", [_output_case(output) for output in evidence.outputs]
     if evidence.latency is not None:
@@ -106,6 +107,12 @@ def _carried_case(certificate: Certificate) -> Case:
     measured = f"{carried.equal} of {carried.compared} untouched tensors equal, {len(carried.replaced)} replaced"
     failed = "" if carried.passed else "\n".join((carried_failure(certificate), *carried.different))
     return "untouched tensors", measured, failed
+
+
+def _witness_case(certificate: Certificate) -> Case:
+    """That there is none is said, and fails nothing: who needs one says --witness required."""
+    said = "\n".join(f"{title}: {text}" for title, text in witness.rows(certificate.witness))
+    return "second witness", said, "\n".join(witness.failures(certificate.witness))
 
 
 def _graph_case(certificate: Certificate) -> Case:

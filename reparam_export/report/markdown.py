@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from reparam_export.latency.measurement import Measurement
-from reparam_export.report import latency
+from reparam_export.report import latency, witness
 from reparam_export.report.evidence import Evidence
 from reparam_export.report.measured import Measured
 from reparam_export.report.numbers import count, number, percent, plural, quantity, signed, size
@@ -26,7 +26,7 @@ def markdown(evidence: Evidence) -> str:
     if certificate is not None:
         parts += [_proof_table(certificate, evidence), _output_table(evidence)]
     elif evidence.written:
-        parts.append(_written_table(evidence.written))
+        parts.append(_written_table(evidence))
     parts.append(_artifact_table(evidence))
     if evidence.latency is not None:
         parts += _latency(evidence.latency)
@@ -89,19 +89,22 @@ def _proof_table(certificate: Certificate, evidence: Evidence) -> str:
         ),
         ("Untouched tensors", f"{carried.equal} of {carried.compared} equal, {len(carried.replaced)} replaced"),
         *narrowed,
+        *((title, prose(text)) for title, text in witness.rows(certificate.witness)),
         ("Graph nodes", f"{count(graph.nodes_fused)} ({_added(graph.nodes_base, graph.nodes_fused)})"),
         ("Graph bytes", f"{size(graph.bytes_fused)} ({_added(graph.bytes_base, graph.bytes_fused)})"),
     ]
     return table(("proof", ""), rows)
 
 
-def _written_table(layers: Sequence[LayerEvidence]) -> str:
+def _written_table(evidence: Evidence) -> str:
     """Of weights that were proven while they were written, and not since."""
+    layers = evidence.written
     exact = sum(layer.verdict == "exact" for layer in layers)
     kept = f"{percent(overall(layers))}, {percent(least(layers))} in the layer that keeps least"
     rows = [
         ("Layers, as they were written", f"{exact} exact, of {len(layers)}"),
         ("Change kept by the storage format", kept),
+        *((title, prose(text)) for title, text in witness.rows(evidence.witness_of_weights)),
     ]
     return table(("weights", ""), rows)
 

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from reparam_export.report import numbers
+from reparam_export.report import numbers, witness
 from reparam_export.report.branches import TONES, branch_names, branch_plot, numbered
 from reparam_export.report.evidence import Evidence
 from reparam_export.report.plots import OUTPUTS_DRAWN, layer_plot, output_plot
@@ -22,7 +22,7 @@ from reparam_export.report.statement import (
     worst_entry,
     worst_output,
 )
-from reparam_export.verification.certificate import Certificate, LayerEvidence
+from reparam_export.verification.certificate import Certificate, LayerEvidence, WitnessEvidence
 from reparam_export.verification.survival import least, overall
 
 AUDIT_NAMES = {
@@ -144,12 +144,21 @@ def _proof_tiles(certificate: Certificate, evidence: Evidence) -> list[Tile]:
         share = f"{numbers.number(share_of_bound(output))} of its bound" if passed else "beyond its bound"
         note = f"{output.model}, {share}"
         tiles.append(Tile("Output error", numbers.number(output.error), note, "good" if passed else "bad"))
-    tiles.append(_kept_tile(layers, certificate.survival))
+    tiles += [_witness_tile(certificate.witness), _kept_tile(layers, certificate.survival)]
     added = graph.nodes_fused - graph.nodes_base
     weight = numbers.size(graph.bytes_fused - graph.bytes_base)
     tone = "bad" if graph.differences else ("" if graph.added else "good")
     tiles.append(Tile("Nodes added", numbers.signed(numbers.count(added)), f"{numbers.signed(weight)} added", tone))
     return tiles
+
+
+def _witness_tile(heard: tuple[WitnessEvidence, ...]) -> Tile:
+    present = [each for each in heard if each.who]
+    if not present:
+        return Tile("Second witness", "none", "no second witness", "warn")
+    agree = all(each.passed for each in present)
+    note = ", ".join(f"{each.who} {each.version}".strip() for each in present)
+    return Tile("Second witness", "agrees" if agree else "differs", note, "good" if agree else "bad")
 
 
 def _kept_tile(layers: tuple[LayerEvidence, ...], share: float) -> Tile:
@@ -197,7 +206,8 @@ def _provenance(evidence: Evidence) -> list[tuple[str, list[tuple[str, str]]]]:
         proof = {"seed": certificate.seed, **{f"samples {key}": value for key, value in certificate.samples.items()}}
         proof |= {"replaced tensors": list(certificate.carried.replaced)}
         groups += [("Proof", proof), ("Versions", dict(certificate.versions))]
-    return [(title, _rows(values)) for title, values in groups]
+    heard = certificate.witness if certificate is not None else evidence.witness_of_weights
+    return [*((title, _rows(values)) for title, values in groups), ("Second witness", witness.rows(heard))]
 
 
 def _is_number(value: object) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-from reparam_export.report import latency
+from reparam_export.report import latency, witness
 from reparam_export.report.evidence import Evidence, Exported
 from reparam_export.report.numbers import number, percent, plural, size
 from reparam_export.verification.certificate import Certificate, GraphEvidence, LayerEvidence, OutputEvidence
@@ -44,6 +44,7 @@ def headline(evidence: Evidence) -> str:
         _output_sentence(certificate),
         graph_sentence(certificate.graph),
         _kept_sentence(certificate),
+        witness.sentence(certificate.witness),
     ]
     return f"Proven: {'; '.join(part for part in parts if part)}"
 
@@ -72,7 +73,8 @@ def _written_sentence(evidence: Evidence) -> str:
     if not layers or not all(layer.passed for layer in layers):
         return ""
     exact = sum(layer.verdict == "exact" for layer in layers)
-    return f"; its weights alone are, since they were written: {exact} of {plural(len(layers), 'layer')} exact"
+    said = witness.sentence(evidence.witness_of_weights)
+    return f"; its weights alone are, since they were written: {exact} of {plural(len(layers), 'layer')} exact; {said}"
 
 
 def failures(evidence: Evidence) -> Iterator[str]:
@@ -81,6 +83,7 @@ def failures(evidence: Evidence) -> Iterator[str]:
     if certificate is not None:
         wrong = [layer for layer in certificate.layers if not layer.passed]
         yield from (f"layer {layer_failure(layer)}" for layer in wrong)
+        yield from witness.failures(certificate.witness)
         yield from (output_failure(output) for output in certificate.outputs if not output.passed)
         if certificate.carried.different:
             yield carried_failure(certificate)

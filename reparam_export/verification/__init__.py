@@ -27,6 +27,7 @@ from reparam_export.verification.graph import compare_graphs
 from reparam_export.verification.outputs import Reference, compare, first_parting, measure_floors, run
 from reparam_export.verification.survival import overall
 from reparam_export.verification.weights import EXHAUSTIVE_LIMIT, prove_carried, prove_layer, uncovered
+from reparam_export.verification.witness import Subject, check_mode, hear
 
 if TYPE_CHECKING:
     import torch
@@ -75,19 +76,30 @@ def verify(
     seed: int = 0,
     exhaustive_limit: int = EXHAUSTIVE_LIMIT,
     advance: Advance | None = None,
+    witness: str = "auto",
 ) -> VerifiedModel:
     """Prove that ``weights`` is the checkpoint's adapted model. Raises EquivalenceError with the certificate as evidence.
 
     inputs: real samples (.npy or .npz file, or tensors by input name); None: ``count`` random ones of the base's input spec.
     exhaustive_limit: layers with in * in * out above it are probed instead of read out entry by entry.
     advance: called with (layers done, layers in all).
+    witness: who reads the checkpoint a second time: "auto", "required", "none".
     """
+    check_mode(witness)
     base, signature, on_base = opened(checkpoint)
     given, source = _inputs(inputs, signature, count, seed)
     layers = prove_weights(base, on_base, weights, seed, exhaustive_limit, advance)
     carried = _carried(base, on_base, weights)
     graph = _graph(base, weights, signature, given)
     reference, outputs, layer, idle = prove_outputs(base, on_base, weights, signature, given)
+    subject = Subject(
+        checkpoint=on_base,
+        fresh=lambda: base_of(checkpoint).build()[0],
+        layer=base.get_submodule,
+        signature=signature,
+        reference=reference,
+        seed=seed,
+    )
     certificate = Certificate(
         weights_sha256=weights.sha256(),
         checkpoint={**checkpoint.describe(), "notes": list(on_base.notes)},
@@ -105,6 +117,7 @@ def verify(
         samples={"source": source, "count": reference.samples},
         unexercised=idle,
         versions=versions(),
+        witness=hear(subject, witness),
     )
     if certificate.verdict == "wrong":
         raise refusal(certificate, layer)
@@ -267,6 +280,12 @@ def refusal(certificate: Certificate, layer: str | None) -> EquivalenceError:
             )
         parts.append(
             f"output {bad.output} at batch {bad.batch} is off by {bad.error:.3g}, bound {bad.bound:.3g}{where}"
+        )
+    read_twice = [text for each in certificate.witness for text in each.differences]
+    if read_twice:
+        parts.insert(
+            0,
+            f"the second witness reads the checkpoint in another way in {len(read_twice)} places: {'; '.join(read_twice[:3])}",
         )
     if not certificate.graph.passed:
         parts.append(f"the graph differs from the base's: {certificate.graph.differences[0]}")

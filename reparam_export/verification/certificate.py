@@ -101,6 +101,36 @@ class GraphEvidence:
 
 
 @dataclass(frozen=True)
+class WitnessEvidence:
+    """A second reading of the adapter, by somebody else's code, held against ours. Errors are relative, see ``verification/witness``.
+
+    ``who`` is empty, and ``absent`` says why and what to do, where there is none.
+    """
+
+    who: str = ""
+    version: str = ""
+    settings: int = 0  # layers whose settings were compared, without their numbers
+    layers: int = 0  # layers compared in numbers, on the same inputs in float64
+    of_layers: int = 0
+    seed: int | None = None  # of those inputs; and of the choice, where layers < of_layers
+    error: float = 0.0  # of a layer's answers, relative to what the adapter does there
+    bound: float = 0.0
+    outputs: int = 0  # outputs of the whole model that were compared
+    output_error: float = 0.0  # relative to the largest answer
+    output_bound: float = 0.0
+    differences: tuple[str, ...] = ()  # what is read in two ways: module, setting, ours and theirs
+    absent: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.differences
+
+
+UNWITNESSED = WitnessEvidence(absent="written before there were witnesses; run verify again")
+
+
+@dataclass(frozen=True)
 class Certificate:
     """All of the evidence, tied to the weights by their sha256."""
 
@@ -117,10 +147,11 @@ class Certificate:
     samples: dict[str, Any]  # {"source": "random" | file, "count": n}
     unexercised: tuple[str, ...]  # touched modules that no output depends on: proven by their weights alone
     versions: dict[str, str]
+    witness: tuple[WitnessEvidence, ...] = (UNWITNESSED,)
 
     @property
     def verdict(self) -> Verdict:
-        parts: tuple[Any, ...] = (*self.layers, self.carried, *self.outputs, self.graph)
+        parts: tuple[Any, ...] = (*self.layers, self.carried, *self.outputs, self.graph, *self.witness)
         if not all(part.passed for part in parts):
             return "wrong"
         return "exact" if all(layer.verdict == "exact" for layer in self.layers) else "rounded"
@@ -133,9 +164,11 @@ class Certificate:
 def from_json(content: dict[str, Any]) -> Certificate:
     """The certificate in ``verification.json``. Raises CheckpointError when it is damaged."""
     try:
+        content = {"witness": [asdict(UNWITNESSED)], **content}
         given = {f.name: content[f.name] for f in fields(Certificate)}
         given["layers"] = tuple(_build(LayerEvidence, entry) for entry in content["layers"])
         given["outputs"] = tuple(_build(OutputEvidence, entry) for entry in content["outputs"])
+        given["witness"] = tuple(_build(WitnessEvidence, entry) for entry in content["witness"])
         given["unexercised"] = tuple(content["unexercised"])
         given["carried"] = _build(CarriedEvidence, content["carried"])
         given["graph"] = _build(GraphEvidence, content["graph"])

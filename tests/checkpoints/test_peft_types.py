@@ -41,6 +41,10 @@ def test_a_folder_of_any_type_is_proven_against_pefts_own_unfused_forward(made: 
     expected = answer(copy.deepcopy(adapted), dict(proven.reference.inputs))
     assert float((reference - expected).abs().max()) < 1e-12 * float(expected.abs().max())
     assert ("probed" in checkpoint.describe()["kinds"]) == given.probed
+    (witness,) = proven.certificate.witness
+    assert (witness.who, witness.outputs, witness.layers) == ("peft", 1, witness.settings)
+    assert (witness.settings > 0) == (not given.probed)
+    assert max(witness.error, witness.output_error) < 1e-12
 
 
 def test_a_folder_with_a_tensor_too_few_or_too_many_is_refused(made: Any, tmp_path: Path) -> None:

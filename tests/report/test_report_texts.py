@@ -27,6 +27,7 @@ def test_junit_has_a_case_for_every_part(tmp_path: Path) -> None:
         "proof/verdict",
         "carried tensors/untouched tensors",
         "graph/graph of the base",
+        "second witness/second witness",
         "outputs/fused: logits, batch 1",
         "outputs/fused: logits, batch 8",
         "outputs/onnx fp16: logits, batch 1",

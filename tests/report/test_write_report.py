@@ -40,7 +40,7 @@ def test_exact_proof_says_its_numbers_in_one_sentence(tmp_path: Path) -> None:
     assert report.verdict == "exact"
     assert report.headline == (
         "Proven: all 24 layers exact; fused output error 3.1e-7, bound 1.6e-6; "
-        "graph identical to the base, 0 added nodes, 0 added bytes"
+        "graph identical to the base, 0 added nodes, 0 added bytes; no second witness"
     )
 
 

@@ -1,0 +1,94 @@
+"""The second witness: the adapter as somebody else's code reads it, held against our own reading.
+
+The proof of the weights is relative to our reading of the file: a scale misread is misread by ``apply`` and by ``fuse`` alike. So the
+library that wrote the file reads it once more, and both readings must agree. One library, one file; a witness is a module with
+
+    LOOKS_AT                        the formats that it knows, in words
+    accepts(checkpoint) -> bool     is it of those?
+    testify(subject) -> evidence    raises MissingBackendError without its library, UnableError where it cannot read the file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
+
+from reparam_export import plugins
+from reparam_export.checkpoints import Checkpoint
+from reparam_export.errors import EquivalenceError, MissingBackendError, UsageError
+from reparam_export.verification.certificate import WitnessEvidence
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from reparam_export.models import Signature
+    from reparam_export.verification.outputs import Reference
+
+LIMIT = 1 << 28  # entries of the layers that are compared in numbers; beyond it a seeded choice of them is
+MODES = ("auto", "required", "none")
+
+
+class UnableError(Exception):
+    """The witness cannot read this file, or not on this base; its text says why, in one line."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a witness is shown. The base's numbers may be on torch's meta device; ``layer`` brings those of one module.
+
+    checkpoint: with its adapters bound to the base. fresh: the base as it is without the checkpoint, built anew. layer: one module of
+    the base with the whole tensors of the checkpoint in place, our side. reference: what our unfused model answers, where there is one.
+    """
+
+    checkpoint: Checkpoint
+    fresh: Callable[[], nn.Module]
+    layer: Callable[[str], nn.Module]
+    signature: Signature | None = None
+    reference: Reference | None = None
+    seed: int = 0
+    limit: int = LIMIT
+
+
+class Witness(Protocol):
+    """What ``plugins.load("verification.witness", name)`` returns."""
+
+    LOOKS_AT: str
+
+    def accepts(self, checkpoint: Checkpoint) -> bool: ...
+    def testify(self, subject: Subject) -> WitnessEvidence: ...
+
+
+def hear(subject: Subject, wanted: str = "auto") -> tuple[WitnessEvidence, ...]:
+    """What the witnesses say; one entry that says why where there is none.
+
+    wanted: "auto", "required" (raises EquivalenceError where there is none) or "none".
+    """
+    check_mode(wanted)
+    if wanted == "none":
+        return (WitnessEvidence(absent="none was wanted (--witness none)"),)
+    heard = (_library(subject),)
+    if wanted == "required" and not any(each.who for each in heard):
+        raise EquivalenceError(f"{subject.checkpoint.path}: no second witness, and one is required: {heard[0].absent}")
+    return heard
+
+
+def check_mode(wanted: str) -> None:
+    """Raises UsageError for a word that is none of MODES."""
+    if wanted not in MODES:
+        raise UsageError(f"--witness {wanted!r}: expected {', '.join(MODES)}")
+
+
+def _library(subject: Subject) -> WitnessEvidence:
+    """The library that wrote the file."""
+    for name in plugins.names("verification.witness"):
+        witness = cast(Witness, plugins.load("verification.witness", name))
+        if witness.accepts(subject.checkpoint):
+            try:
+                return witness.testify(subject)
+            except (MissingBackendError, UnableError) as reason:
+                return WitnessEvidence(absent=str(reason))
+    return WitnessEvidence(
+        absent=f"no library that is known here writes {subject.checkpoint.format} files; "
+        "--expected FILE.npz or --witness py:FILE.py:FUNCTION bears witness"
+    )
