@@ -54,6 +54,9 @@ class Signature:
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
     settings: Mapping[str, Any] | None = None  # keyword arguments the forward always gets, such as use_cache=False
+    renamed: Mapping[str, str] = field(
+        default_factory=dict
+    )  # outputs that cannot have the model's own name -> that name
 
     @property
     def experts(self) -> str | None:
@@ -219,7 +222,16 @@ def with_observed_outputs(model: nn.Module, signature: Signature, what: str) -> 
             f"base {what!r}: the model returns no tensor (nested containers are not looked into), so there is no output to prove; "
             "give a py: function that returns a model with plain outputs"
         )
-    return replace(signature, outputs=outputs)
+    taken = {*(i.name for i in signature.inputs), *model.state_dict()}
+    names = {_free(name, taken | set(outputs) - {name}): name for name in outputs}
+    return replace(signature, outputs=tuple(names), renamed={new: own for new, own in names.items() if new != own})
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """An output's name in a graph, where names are one for all: ``out_sample`` where an input is called ``sample``."""
+    while name in taken:
+        name = f"out_{name}"
+    return name
 
 
 def parse_input(text: str) -> Input:

@@ -118,6 +118,7 @@ def to_onnx(model: VerifiedModel, folder: Path, options: Options) -> Artifact:
     with onnx.Runner(path):
         pass  # it loads from its final place, external data included
     graph = summary(path)
+    renamed = model.signature.renamed
     return Artifact(
         target="onnx",
         path=path.name,
@@ -127,10 +128,18 @@ def to_onnx(model: VerifiedModel, folder: Path, options: Options) -> Artifact:
         weights_sha256=model.certificate.weights_sha256,
         ran=True,
         note=f"run by onnxruntime on the {graph.pop('device')} at batch {', '.join(map(str, dict.fromkeys((1, 2, largest))))}: "
-        + worst_of(evidence),
+        + worst_of(evidence)
+        + "".join(
+            f"; output {own} is called {new}, since {own} is an input or a weight" for new, own in renamed.items()
+        ),
         outputs=evidence,
         kept_fp32=kept,
-        details={**graph, "graph": "identical to the base's", "seconds": round(time.perf_counter() - started, 2)},
+        details={
+            **graph,
+            "graph": "identical to the base's",
+            "renamed_outputs": dict(renamed),
+            "seconds": round(time.perf_counter() - started, 2),
+        },
     )
 
 

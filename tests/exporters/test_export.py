@@ -14,9 +14,11 @@ import onnxruntime
 import pytest
 import torch
 from conftest import CASES, Case, own_model
+from safetensors.torch import save_file
 
 import reparam_export as rx
 from reparam_export import exporters
+from reparam_export.assembly import base_of
 from reparam_export.errors import EquivalenceError, ExportError, UsageError
 from reparam_export.files import exported_sha256
 from reparam_export.verification import VerifiedModel
@@ -237,3 +239,24 @@ def test_a_fused_weight_beyond_fp16_is_kept_in_fp32_and_named(tmp_path: Path) ->
     kinds = {i.name: i.data_type for i in onnx.load(tmp_path / "out" / "model.onnx").graph.initializer}
     assert kinds["a.weight"] == onnx.TensorProto.FLOAT
     assert kinds["b.weight"] == onnx.TensorProto.FLOAT16
+
+
+def test_an_output_that_is_called_as_an_input_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    base = own_model(tmp_path, "self.fc = Linear(6, 4)", "{'x': self.fc(x), 'out_x': self.fc(x) ** 2}")
+    torch.manual_seed(1)
+    down, up = torch.randn(2, 6), torch.randn(4, 2)
+    lora = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(3.0)}
+    save_file({f"lora_unet_fc.{name}": tensor for name, tensor in lora.items()}, tmp_path / "lora.safetensors")
+    checkpoint = rx.read(tmp_path / "lora.safetensors", base, inputs=["x=batch,6:float32"])
+    artifact = rx.export(rx.verify(checkpoint, rx.fuse(checkpoint)), "onnx", tmp_path / "out", batch=(1, 2, 3))
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["x"]
+    x = torch.randn(5, 6)
+    found = dict(zip((o.name for o in session.get_outputs()), session.run(None, {"x": x.numpy()}), strict=True))
+    plain = base_of(checkpoint).build()[0].double().fc
+    expected = plain(x.double()) + 1.5 * x.double() @ down.double().T @ up.double().T
+    assert set(found) == {"out_out_x", "out_x"}
+    assert np.abs(found["out_out_x"] - expected.numpy()).max() < 1e-5
+    assert np.abs(found["out_x"] - expected.numpy() ** 2).max() < 1e-4
+    assert artifact.details["renamed_outputs"] == {"out_out_x": "x"}
+    assert "output x is called out_out_x" in artifact.note
