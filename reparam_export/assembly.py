@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.adapters import Step, inserted, kind, unfused
 from reparam_export.affine import Affine, to_dtype
+from reparam_export.calls import evaluated
 from reparam_export.checkpoints import Adapter, Checkpoint, by_site, check_disjoint, components
 from reparam_export.errors import FusionError, ReparamError, TensorMismatchError
 from reparam_export.fit import check_trained_on
@@ -199,7 +200,7 @@ def adapted(module: nn.Module, adapters: Sequence[Adapter], dtype: torch.dtype) 
         parent_name, _, attribute = name.rpartition(".")
         parent = module.get_submodule(parent_name)
         setattr(parent, attribute, adapted_module(name, getattr(parent, attribute), of_module, dtype))
-    return module.eval()
+    return evaluated(module)
 
 
 def steps_of(adapters: Sequence[Adapter], dtype: torch.dtype, start: int = 0) -> list[Step]:

@@ -1,6 +1,7 @@
 """Calls into code that is not ours: a user's model, and the libraries that are inside it.
 
 ``foreign``   what such code raises becomes one line of ours: whose code, in which step, what it said
+``evaluated`` a module in eval mode
 ``experts``   transformers' mixtures of experts for the time of one step: not every implementation takes every step
 """
 
@@ -8,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from reparam_export.errors import FusionError, ReparamError
 
 if TYPE_CHECKING:
     from torch import nn
 
+M = TypeVar("M", bound="nn.Module")
 Step = Literal["float64", "run", "capture"]
 IMPLEMENTATIONS: dict[Step, str] = {
     "float64": "eager",  # grouped_mm, transformers' own choice, has no float64; batched_mm copies the weights for every token
@@ -35,6 +37,12 @@ def foreign(whose: str, step: str, error: type[ReparamError] = FusionError, hint
         raise
     except Exception as raised:  # of any type: a model may raise what it likes
         raise error(f"{whose} cannot be {step}: {first_line(raised)}{hint and '; '}{hint}") from raised
+
+
+def evaluated(module: M) -> M:
+    """The module itself, in eval mode; what its own ``eval`` or ``train`` returns is not relied on (loralib's return None)."""
+    module.eval()
+    return module
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,7 +40,36 @@ def pure_float64() -> Iterator[None]:
                 else:
                     args = tuple(torch.float64 if a is torch.float32 else a for a in args)
                     kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
-            return func(*args, **kwargs)
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError:  # some operators refuse two dtypes, where the model itself would have cast one down
+                if not _mixed((*args, *kwargs.values())) or "out" in kwargs:
+                    raise
+                writes = str(getattr(func, "__name__", "")).endswith("_") and wide(args[0]) is False
+                to = args[0].dtype if writes else torch.float64  # what is written to stays the tensor that it is
+                return func(*_all_in(args, to), **{name: _in(value, to) for name, value in kwargs.items()})
 
     with KeepFloat64():
         yield
+
+
+def _mixed(values: Iterable[Any]) -> bool:
+    """Are there tensors of float32 and of float64, in lists too?"""
+    import torch
+
+    parts = [part for value in values for part in (value if isinstance(value, list | tuple) else (value,))]
+    return {torch.float32, torch.float64} <= {part.dtype for part in parts if isinstance(part, torch.Tensor)}
+
+
+def _all_in(values: Iterable[Any], dtype: Any) -> tuple[Any, ...]:
+    return tuple(_in(value, dtype) for value in values)
+
+
+def _in(value: Any, dtype: Any) -> Any:
+    """Floating point tensors in that dtype, in lists too; anything else as it is."""
+    import torch
+
+    if isinstance(value, list | tuple):
+        parts = _all_in(value, dtype)
+        return list(parts) if isinstance(value, list) else parts
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -216,13 +216,15 @@ def load_proof(folder: Path, *, again: bool = True) -> VerifiedModel:
         )
     with np.load(folder / REFERENCE) as arrays:
         tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    signature = base_of(settled(checkpoint)).build()[1]
     reference = Reference(
         inputs={k.removeprefix("input:"): v for k, v in tensors.items() if k.startswith("input:")},
         outputs={k.removeprefix("output:"): v for k, v in tensors.items() if k.startswith("output:")},
         floors=saved["floors"],
         dtype=saved["dtype"],
+        axes=signature.axes,
     )
-    return VerifiedModel(checkpoint, weights, base_of(settled(checkpoint)).build()[1], reference, certificate)
+    return VerifiedModel(checkpoint, weights, signature, reference, certificate)
 
 
 def same_samples(folder: Path, inputs: Path | None, count: int, seed: int) -> bool:

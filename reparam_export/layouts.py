@@ -141,18 +141,45 @@ def layout_of(name: str, module: nn.Module) -> Layout:
 
 
 def _scales_and_shifts(norm: nn.Module) -> bool:
-    """Is the forward of this kind of nn.LayerNorm x^ * weight + bias, with x^ independent of both?"""
+    """Is the forward of this kind of nn.LayerNorm x^ * weight + bias, with x^ independent of both, on the last axis or on the first?"""
     import torch
 
-    norm = copy.deepcopy(norm).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    sizes = norm.get_parameter("weight").shape
+    shapes = ((2, *sizes), (2, *sizes, 3, 5))  # the second: images, channels first
+    for shape in shapes if len(sizes) == 1 else shapes[:1]:
+        x = torch.randn(shape, dtype=torch.float64, generator=generator)
+        try:
+            return _is_scaled(_real(norm), x)
+        except Exception:  # a forward of somebody else's, on a shape that it may not be made for
+            continue
+    return False
+
+
+def _real(norm: nn.Module) -> nn.Module:
+    """A copy in float64 on the CPU, with random numbers in it: with a weight of ones and a bias of zeros every norm would be plain."""
+    import torch
+
+    copied = copy.deepcopy(norm)
+    copied = (copied.to_empty(device="cpu") if norm.get_parameter("weight").is_meta else copied).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64, generator=generator))
+    return copied
+
+
+def _is_scaled(norm: nn.Module, x: Tensor) -> bool:
+    import torch
+
     weight, bias = norm.get_parameter("weight"), norm._parameters.get("bias")
-    x = torch.randn((2, len(weight)), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    axes = weight.shape if x.ndim < 4 else (*weight.shape, 1, 1)
     with torch.no_grad():
         found = norm(x)
         norm.weight = torch.nn.Parameter(torch.ones_like(weight))
         if bias is not None:
             norm.bias = torch.nn.Parameter(torch.zeros_like(bias))
-        expected = norm(x) * weight + (0 if bias is None else bias)
+        expected = norm(x) * weight.reshape(axes) + (0 if bias is None else bias.reshape(axes))
     return bool(torch.allclose(found, expected, rtol=1e-12, atol=1e-12))
 
 

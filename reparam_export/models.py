@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam_export import plugins
-from reparam_export.calls import experts
+from reparam_export.batches import ROWS, Axes, axes_of, is_plain
+from reparam_export.calls import evaluated, experts
 from reparam_export.calls import first_line as first_line
 from reparam_export.errors import CheckpointError, UsageError
 from reparam_export.float64 import pure_float64 as pure_float64
@@ -57,6 +58,7 @@ class Signature:
     renamed: Mapping[str, str] = field(
         default_factory=dict
     )  # outputs that cannot have the model's own name -> that name
+    axes: Mapping[str, Axes] = field(default_factory=dict)  # of outputs that are not one row a sample
 
     @property
     def experts(self) -> str | None:
@@ -125,7 +127,7 @@ class Base:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module, signature = plugins.load("bases", scheme).build(argument, self)
-        module.eval().requires_grad_(False)
+        evaluated(module).requires_grad_(False)
         check_replaced(module, self.replaced)
         return module, signature
 
@@ -196,9 +198,9 @@ def float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def with_observed_outputs(model: nn.Module, signature: Signature, what: str) -> Signature:
-    """The signature with the output names of one real call on one sample, in eval mode.
+    """The signature with the output names of one real call on one sample, in eval mode, and of one on two where one leaves doubts.
 
-    Raises CheckpointError if the call fails.
+    Raises CheckpointError if the call fails, or for an output that is not made of samples.
     """
     import torch
 
@@ -207,10 +209,18 @@ def with_observed_outputs(model: nn.Module, signature: Signature, what: str) -> 
     if len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1:
         model = copy.deepcopy(model).to(torch.float32)  # many models cannot be called in several dtypes at once
     dtype = float_dtype(model)
-    tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in samples(signature, 1, seed=0).values())
-    try:
+
+    def answers(count: int) -> dict[str, tuple[int, ...]]:
+        given = samples(signature, count, seed=0).values()
+        tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in given)
         with torch.inference_mode(), experts(model, "run", signature.experts):
-            outputs = tuple(named_outputs(model, signature, tensors))
+            return {name: tuple(tensor.shape) for name, tensor in named_outputs(model, signature, tensors).items()}
+
+    try:
+        outputs = answers(1)
+        doubtful = {name: shape for name, shape in outputs.items() if not is_plain(shape)}
+        two = answers(2) if doubtful else {}
+        pairs = {name: (shape, two[name]) for name, shape in doubtful.items()}
     except Exception as error:
         raise CheckpointError(
             f"base {what!r}: the model cannot be called with "
@@ -222,9 +232,18 @@ def with_observed_outputs(model: nn.Module, signature: Signature, what: str) -> 
             f"base {what!r}: the model returns no tensor (nested containers are not looked into), so there is no output to prove; "
             "give a py: function that returns a model with plain outputs"
         )
+    odd = {name: axes_of(*shapes) for name, shapes in pairs.items()}
+    lost = next((name for name, axes in odd.items() if axes is None), None)
+    if lost is not None:
+        raise CheckpointError(
+            f"base {what!r}: output {lost} is not made of samples: its shape is {pairs[lost][0]} for one and {pairs[lost][1]} for two; "
+            "give a py: function that returns a model without it"
+        )
     taken = {*(i.name for i in signature.inputs), *model.state_dict()}
     names = {_free(name, taken | set(outputs) - {name}): name for name in outputs}
-    return replace(signature, outputs=tuple(names), renamed={new: own for new, own in names.items() if new != own})
+    renamed = {new: own for new, own in names.items() if new != own}
+    known = {new: odd.get(own) or () for new, own in names.items() if odd.get(own, ROWS) != ROWS}
+    return replace(signature, outputs=tuple(names), renamed=renamed, axes=known)
 
 
 def _free(name: str, taken: set[str]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.adapters.probed import Params, check_affine, exactly, on_rows
 from reparam_export.affine import Affine, read_out
+from reparam_export.calls import evaluated
 from reparam_export.errors import FusionError, NotAffineError, UsageError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def fuse_module(module: nn.Module, like: Layer | None = None, name: str = "modul
 
 def _in_float64(module: nn.Module, name: str) -> nn.Module:
     try:
-        return copy.deepcopy(module).to("cpu").double().eval()
+        return evaluated(copy.deepcopy(module).to("cpu").double())
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
         raise FusionError(
             f"{name}: this {type(module).__name__} cannot be copied to float64: {type(error).__name__}: {error}"
@@ -249,7 +250,7 @@ def _compare_stored(layer: Any, module: nn.Module, window: Any, name: str) -> No
     import torch
     from torch import nn as torch_nn
 
-    own = copy.deepcopy(module).to("cpu").eval()
+    own = evaluated(copy.deepcopy(module).to("cpu"))
     layer = copy.deepcopy(layer).to("cpu")
     dtype = layer.weight.dtype
     shape: tuple[int, ...] = (2, 3, window.in_features) if isinstance(window, torch_nn.Linear) else ()

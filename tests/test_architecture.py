@@ -16,8 +16,8 @@ PACKAGE = Path(reparam_export.__file__).parent
 ROOT = PACKAGE.parent
 # fmt: off
 ORDER = [  # a room imports itself and what stands before it; nobody imports training
-    "errors", "calls", "affine", "float64", "plugins", "files", "names", "refuted", "adapters", "modules", "checkpoints", "rounding",
-    "layouts", "state", "fit", "naming",
+    "errors", "calls", "batches", "affine", "float64", "plugins", "files", "names", "refuted", "adapters", "modules", "checkpoints",
+    "rounding", "layouts", "state", "fit", "naming",
     "models", "bases", "hf_folder", "assembly", "training", "fusion", "verification", "analysis", "streaming", "folder", "exporters",
     "latency", "comparison", "report", "console", "inspection", "cli", "pytest_plugin", "__main__",
 ]

@@ -90,3 +90,16 @@ def test_an_error_of_others_is_one_line_that_says_whose_it_is_and_where() -> Non
         raise UsageError("ours")
     with pytest.raises(MemoryError), foreign("Net", "run"):
         raise MemoryError
+
+
+def test_what_a_module_returns_from_eval_is_not_relied_on() -> None:
+    loralib = pytest.importorskip("loralib")
+    layer = loralib.Linear(6, 4, r=2, lora_alpha=5)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    x = torch.randn(3, 6, generator=generator)
+    expected = layer(x)
+    assert layer.eval() is None
+    layer.train()
+    assert torch.allclose(rx.fuse_module(layer)(x), expected, atol=1e-5)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reparam_export.errors import UsageError
+from reparam_export.errors import CheckpointError, UsageError
 from reparam_export.models import (
     Base,
     Input,
@@ -192,3 +192,26 @@ def test_float64_stays_float64() -> None:
         assert torch.ones(2).float().dtype == torch.float32
         assert torch.arange(3).to(torch.float32).dtype == torch.float32
     assert x.float().dtype == torch.float32
+
+
+def test_pure_float64_lets_mixed_dtypes_meet_in_float64_and_writes_into_what_is_float32() -> None:
+    wide, narrow = torch.randn(3, 3, dtype=torch.float64), torch.randn(3, 3)
+    target, row = torch.zeros(3, 3), torch.tensor([1])
+    with pure_float64():
+        assert torch.equal(wide @ narrow, wide @ narrow.double())
+        assert torch.equal(torch.nn.functional.linear(wide, narrow), wide @ narrow.double().T)
+        assert torch.equal(torch.einsum("ij,jk->ik", wide, narrow), torch.einsum("ij,jk->ik", wide, narrow.double()))
+        target.index_add_(0, row, wide[:1])
+    assert torch.equal(target[1], wide[0].float())
+
+
+def test_axes_of_samples_are_found_where_they_are_not_one_row_a_sample(tmp_path: Path) -> None:
+    from conftest import own_model
+
+    outputs = "{'rows': x, 'each': x @ x.T, 'last': x.T, 'doubled': x.reshape(-1, 3), 'one': self.fc.weight.sum(), 'column': x[:, :1]}"
+    spec = own_model(tmp_path, "self.fc = Linear(6, 4)", outputs)
+    _, signature = Base(spec, inputs=(parse_input("x=batch,6:float32"),)).build()
+    assert dict(signature.axes) == {"each": ((0, 1), (1, 1)), "last": ((1, 1),), "doubled": ((0, 2),), "one": ()}
+    spec = own_model(tmp_path, "self.fc = Linear(6, 4)", "torch.zeros(3 * len(x) - 1)")
+    with pytest.raises(CheckpointError, match="not made of samples"):
+        Base(spec, inputs=(parse_input("x=batch,6:float32"),)).build()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reparam_export.affine import Affine, Tensor, read_out, to_dtype
+from reparam_export.calls import evaluated
 from reparam_export.errors import NotAffineError
 from reparam_export.float64 import pure_float64
 
@@ -121,7 +122,7 @@ def on_rows(p: Params, dtype: Any) -> Callable[[Tensor], Tensor]:
     import torch
 
     if dtype not in p.copies:
-        p.copies[dtype] = copy.deepcopy(p.module).to(dtype).eval()
+        p.copies[dtype] = evaluated(copy.deepcopy(p.module).to(dtype))
     module = p.copies[dtype]
     if p.takes == "linear":
         return lambda x: module(x)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from reparam_export.calls import evaluated
 from reparam_export.errors import CheckpointError, MissingSettingError, UsageError
 from reparam_export.models import Base, Signature, first_line, with_observed_outputs
 from reparam_export.state import assign
@@ -92,7 +93,7 @@ def _made(make: Any, base: Base, *, seed: int) -> nn.Module:
             f"base {base.spec!r}: expected an nn.Module from the function; found {type(module).__name__}; "
             "return the plain base, not its state dict"
         )
-    return module.eval().requires_grad_(False)
+    return evaluated(module).requires_grad_(False)
 
 
 def _check_not_random(module: nn.Module, again: nn.Module, base: Base) -> None:

@@ -227,7 +227,7 @@ def stored_reference(model: VerifiedModel) -> Reference:
     exact = run(copy.deepcopy(model.module()).double(), model.signature, inputs, torch.float64)
     truth = dict(zip(names, exact, strict=True))
     single = run(copy.deepcopy(model.module()).float(), model.signature, inputs, torch.float32)
-    return Reference(inputs, truth, measure_floors(truth, single), "float32")
+    return Reference(inputs, truth, measure_floors(truth, single), "float32", model.signature.axes)
 
 
 def run_onnx(

@@ -24,7 +24,7 @@ from reparam_export.verification.certificate import (
     OutputEvidence,
 )
 from reparam_export.verification.graph import compare_graphs
-from reparam_export.verification.outputs import Reference, compare, first_parting, measure_floors, run
+from reparam_export.verification.outputs import Reference, check_apart, compare, first_parting, measure_floors, run
 from reparam_export.verification.survival import overall
 from reparam_export.verification.weights import EXHAUSTIVE_LIMIT, prove_carried, prove_layer, uncovered
 from reparam_export.verification.witness import Subject, check_mode, hear
@@ -199,7 +199,9 @@ def prove_outputs(
     truth = dict(zip(signature.outputs, exact, strict=True))
     noisy = run(unfused(dtype), signature, given, dtype)
     _check_repeatable(checkpoint, noisy, run(unfused(dtype), signature, given, dtype))
-    reference = Reference(given, truth, measure_floors(truth, noisy), str(dtype).removeprefix("torch."))
+    floors = measure_floors(truth, noisy)
+    reference = Reference(given, truth, floors, str(dtype).removeprefix("torch."), signature.axes)
+    check_apart(reference_model, signature, reference)
     running = running_dtype(weights)
     model = fused(copy.deepcopy(base), weights.tensors).to(running)
     outputs: list[OutputEvidence] = []

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.calls import Step, experts
-from reparam_export.errors import EquivalenceError
-from reparam_export.models import Signature, outputs_of_call, pure_float64
+from reparam_export.batches import ROWS, Axes, chosen, fits
+from reparam_export.calls import Step, experts, foreign
+from reparam_export.errors import FusionError
+from reparam_export.float64 import pure_float64
+from reparam_export.models import Signature, outputs_of_call
 from reparam_export.verification.certificate import OutputEvidence
 
 if TYPE_CHECKING:
@@ -36,10 +39,15 @@ class Reference:
     outputs: Mapping[str, Tensor]  # float64
     floors: Mapping[str, float]
     dtype: str  # the storage precision that the floors belong to
+    axes: Mapping[str, Axes] = field(default_factory=dict)  # of outputs that are not one row a sample
 
     @property
     def samples(self) -> int:
         return len(next(iter(self.inputs.values())))
+
+    def answer(self, output: str, index: Tensor) -> Tensor:
+        """What the model answers to the samples of ``index`` in one batch."""
+        return chosen(self.outputs[output], self.axes.get(output, ROWS), index)
 
     def bound(self, output: str, floor: float, roundoff: float) -> float:
         """The largest error that rounding explains."""
@@ -49,24 +57,50 @@ class Reference:
 def run(
     model: nn.Module, signature: Signature, inputs: Mapping[str, Tensor], dtype: torch.dtype, step: int = 8
 ) -> tuple[Tensor, ...]:
-    """The model's outputs, ``step`` samples at a time; float inputs are cast to dtype."""
+    """The model's outputs, ``step`` samples at a time, or all in one batch where an output is not one row a sample.
+
+    Float inputs are cast to dtype; in float64 nothing inside is cast to float32. Raises FusionError with what the model raises, and for an
+    output that has not the shape of its samples.
+    """
     import torch
 
     parts = []
     count = len(next(iter(inputs.values())))
-    needs: Step = "float64" if dtype == torch.float64 else "run"
-    with torch.inference_mode(), pure_float64(), experts(model, needs, signature.experts):
+    step = count if signature.axes else step
+    wide = dtype == torch.float64
+    needs: Step = "float64" if wide else "run"
+    name = type(model).__name__
+    with torch.inference_mode(), pure_float64() if wide else nullcontext(), experts(model, needs, signature.experts):
         for start in range(0, count, step):
             batch = (inputs[i.name][start : start + step] for i in signature.inputs)
             tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in batch)
-            found = outputs_of_call(model, signature, tensors)
-            for name, tensor in zip(signature.outputs, found, strict=True):
-                if tensor.ndim == 0 or len(tensor) != len(tensors[0]):
-                    raise EquivalenceError(
-                        f"output {name} has shape {tuple(tensor.shape)} for a batch of {len(tensors[0])}; expected one row per sample"
+            with foreign(name, f"run in {str(dtype).removeprefix('torch.')}"):
+                found = outputs_of_call(model, signature, tensors)
+            for output, tensor in zip(signature.outputs, found, strict=True):
+                if not fits(tensor, signature.axes.get(output, ROWS), len(tensors[0])):
+                    raise FusionError(
+                        f"{name}: output {output} has shape {tuple(tensor.shape)} for {len(tensors[0])} samples; expected a row for each"
                     )
             parts.append(found)
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def check_apart(model: nn.Module, signature: Signature, reference: Reference) -> None:
+    """Raises FusionError for an output that depends on which samples are in a batch together, in another way than each with each."""
+    import torch
+
+    if not signature.axes:
+        return
+    index = torch.arange(reference.samples)[:2]
+    for few in (index[:1], index):
+        found = run(model, signature, {name: tensor[few] for name, tensor in reference.inputs.items()}, torch.float64)
+        for name, tensor in zip(signature.outputs, found, strict=True):
+            expected = reference.answer(name, few)
+            if not distance(tensor, expected) <= 1e-4 * _largest(expected):
+                raise FusionError(
+                    f"{type(model).__name__}: output {name} answers a sample otherwise when others are in the batch with it, so no "
+                    "two batches can be compared; give a py: function that returns a model without it"
+                )
 
 
 def measure_floors(reference: Mapping[str, Tensor], unfused: Sequence[Tensor]) -> dict[str, float]:
@@ -90,15 +124,23 @@ def compare(
     rounds = max(1, math.ceil(count / batch)) if batch <= count else 1
     index = torch.arange(rounds * batch) % count
     columns: list[list[Tensor]] = []
-    for start in range(0, rounds * batch, batch):
-        chosen = index[start : start + batch]
-        columns.append(list(run_batch({name: tensor[chosen] for name, tensor in reference.inputs.items()})))
-    outputs = [torch.cat(list(parts)) for parts in zip(*columns, strict=True)]
+    expected: list[list[Tensor]] = []
+    for few in index.reshape(rounds, batch):
+        columns.append(list(run_batch({name: tensor[few] for name, tensor in reference.inputs.items()})))
+        expected.append([reference.answer(name, few) for name in reference.outputs])
+    found, wanted = ([_joined(parts) for parts in zip(*rows, strict=True)] for rows in (columns, expected))
     floors = reference.floors if floors is None else floors
     return tuple(
-        _evidence(model, name, found, reference, index, batch, floors[name], dtype or reference.dtype)
-        for name, found in zip(reference.outputs, outputs, strict=True)
+        _evidence(model, name, *pair, reference, batch, floors[name], dtype or reference.dtype)
+        for name, pair in zip(reference.outputs, zip(found, wanted, strict=True), strict=True)
     )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """One output's answers to all batches as one tensor, batch after batch."""
+    import torch
+
+    return torch.cat([part[None] if part.ndim == 0 else part for part in parts])
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -121,9 +163,8 @@ def roundoff(dtype: str) -> float:
 
 
 def _evidence(
-    model: str, name: str, found: Tensor, reference: Reference, index: Tensor, batch: int, floor: float, dtype: str
+    model: str, name: str, found: Tensor, expected: Tensor, reference: Reference, batch: int, floor: float, dtype: str
 ) -> OutputEvidence:
-    expected = reference.outputs[name][index]
     error = distance(found, expected)
     bound = reference.bound(name, floor, roundoff(dtype))
     classes = expected.ndim >= 2 and expected.shape[-1] > 1 and found.shape == expected.shape

@@ -15,7 +15,7 @@ import reparam_export as rx
 from reparam_export.adapters import glora
 from reparam_export.affine import Affine, map_tensors
 from reparam_export.checkpoints import Adapter
-from reparam_export.errors import EquivalenceError
+from reparam_export.errors import EquivalenceError, FusionError
 from reparam_export.verification import weights as proof
 from reparam_export.verification.weights import prove_layer
 
@@ -306,3 +306,34 @@ def test_a_bound_as_large_as_the_outputs_decides_nothing() -> None:
     assert not passes(error=0.5, floor=0.2, bound=1.6, magnitude=1.0)
     assert passes(error=0.0, floor=0.0, bound=0.0, magnitude=0.0)
     assert not passes(error=0.0, floor=float("inf"), bound=float("inf"), magnitude=1.0)
+
+
+def each_with_each(folder: Path, outputs: str) -> tuple[rx.Checkpoint, rx.FusedWeights]:
+    base = own_model(folder, "self.fc = Linear(6, 4)", outputs)
+    torch.manual_seed(2)
+    adapter = {"fc.adapter.conv_A.weight": torch.randn(2, 6, 1), "fc.adapter.conv_B.weight": torch.randn(6, 1, 1)}
+    torch.save(adapter, folder / "c.pt")
+    checkpoint = rx.read(folder / "c.pt", base, inputs=["x=batch,6:float32"])
+    return checkpoint, rx.fuse(checkpoint)
+
+
+def test_outputs_of_each_sample_with_each_are_proven(tmp_path: Path) -> None:
+    checkpoint, fused = each_with_each(
+        tmp_path, "{'each': self.fc(x) @ self.fc(x).T, 'one': self.fc.weight.shape[0] * torch.ones(())}"
+    )
+    model = rx.verify(checkpoint, fused, count=11)
+    assert {(o.output, o.batch) for o in model.certificate.outputs} == {
+        (n, b) for n in ("each", "one") for b in (1, 2, 11)
+    }
+    assert model.reference.outputs["each"].shape == (11, 11)
+    rx.export(model, "onnx", tmp_path / "out", batch=(1, 2, 23))
+    tensors = {name: tensor.clone() for name, tensor in fused.tensors.items()}
+    tensors["fc.weight"][1, 1] += 0.1
+    with pytest.raises(EquivalenceError, match="output each at batch 1"):
+        rx.verify(checkpoint, replace(fused, tensors=tensors), count=11)
+
+
+def test_an_output_that_depends_on_its_batch_is_refused_as_such(tmp_path: Path) -> None:
+    checkpoint, fused = each_with_each(tmp_path, "{'mean': self.fc(x).mean()}")
+    with pytest.raises(FusionError, match="answers a sample otherwise when others are in the batch"):
+        rx.verify(checkpoint, fused)
