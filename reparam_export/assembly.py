@@ -103,7 +103,7 @@ def bound(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            adapters = tuple(checkpoint.bind(module))
+            adapters = tuple(checkpoint.bind(module, checkpoint.adapters))
     except ReparamError:
         raise
     except Exception as error:  # of another library's code on a damaged adapter: many types, one meaning

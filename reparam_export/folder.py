@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from reparam_export.checkpoints import Checkpoint, Recipe
 from reparam_export.errors import CheckpointError, EquivalenceError, UsageError
 from reparam_export.files import fingerprint, load_safetensors, read_json, replace_file, save_safetensors, sha256
+from reparam_export.names import Place
 from reparam_export.refuted import check_none
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
     weights are not the ones that were proven when they were written, or were refuted since.
     """
     from reparam_export.fusion import FusedWeights
+    from reparam_export.names.conversions import gathered
     from reparam_export.streaming.audit import check_streamed
     from reparam_export.streaming.staging import settle
 
@@ -95,13 +97,19 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
     if "weights" in content:
         check_streamed(folder, content, checkpoint)
     tensors = _weights(folder, content)
+    files = _files_names(checkpoint, content)
+
+    def own(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((files.get(name) or Place(name)).tensor for name in names))
+
     try:
         return checkpoint, FusedWeights(
-            tensors=tensors,
-            changed=tuple(content["changed"]),
-            created=tuple(content["created"]),
-            replaced=tuple(content["replaced"]),
-            aliases=dict(content["aliases"]),
+            tensors=gathered(tensors, files) if files else tensors,
+            changed=own(content["changed"]),
+            created=own(content["created"]),
+            replaced=own(content["replaced"]),
+            aliases=dict(zip(own(content["aliases"]), own(content["aliases"].values()), strict=True)),
+            files=files,
             seconds=float(content["seconds"]),
             dtype=content.get("dtype", recipe.dtype),
         )
@@ -114,6 +122,17 @@ def _weights(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     apart = set(content.get("apart", ()))
     files = _weight_files(folder, content)
     return {n: t for file in files for n, t in load_safetensors(file, numpy=False)[0].items() if n not in apart}
+
+
+def _files_names(checkpoint: Checkpoint, content: Mapping[str, Any]) -> dict[str, Place | None]:
+    """For weights under the names of the base's files, where these lie in its model."""
+    if content.get("names") != "files":
+        return {}
+    from reparam_export.assembly import base_of
+    from reparam_export.names.conversions import own_of
+
+    skeleton = base_of(checkpoint).skeleton()
+    return {} if skeleton is None else dict(own_of(skeleton).files)
 
 
 def weights_at(folder: Path) -> list[Path]:

@@ -18,6 +18,8 @@ from reparam_export.checkpoints import Adapter, Checkpoint, by_site
 from reparam_export.errors import FusionError, SharedWeightError
 from reparam_export.fit import check_covered, check_shapes, touched_module
 from reparam_export.layouts import site_of, touched
+from reparam_export.names import Place
+from reparam_export.names.conversions import spread
 from reparam_export.rounding import round_once
 from reparam_export.state import digest
 
@@ -53,6 +55,7 @@ class FusedWeights(Mapping[str, "Tensor"]):
     dtype: str | None = None  # the storage of all; None: as the base's; "auto": each touched layer has its own
     kept: Mapping[str, Kept] = field(default_factory=dict)  # of each touched module
     notes: tuple[str, ...] = ()  # what the base made known of the checkpoint
+    files: Mapping[str, Place | None] = field(default_factory=dict)  # names in files, where they are others
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -79,8 +82,12 @@ class FusedWeights(Mapping[str, "Tensor"]):
         return counts
 
     def sha256(self) -> str:
-        """Digest over every tensor's name, dtype, shape and bytes, in the order of the names."""
-        return digest(self.tensors)
+        """Digest over every tensor's name, dtype, shape and bytes, as files hold them, in the order of the names."""
+        return digest(self.in_files())
+
+    def in_files(self) -> dict[str, Tensor]:
+        """The tensors under the names that the base's own files have for them, and in their parts."""
+        return spread(self.tensors, self.files) if self.files else dict(self.tensors)
 
 
 def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | None = None) -> FusedWeights:

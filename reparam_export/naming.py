@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from reparam_export.checkpoints import Adapter, Checkpoint
+from reparam_export.adapters import kind
+from reparam_export.affine import tensors_of
+from reparam_export.checkpoints import Adapter, Checkpoint, Unbound
 from reparam_export.errors import TensorMismatchError, UsageError
 from reparam_export.fit import check_covered
 from reparam_export.names import Own, Place
-from reparam_export.names.found import Reading, read_names, renamed
+from reparam_export.names.found import Fits, Reading, read_names, renamed
 from reparam_export.names.underscored import read_underscored
 
 if TYPE_CHECKING:
@@ -32,8 +35,11 @@ def named(checkpoint: Checkpoint, own: Own) -> Checkpoint:
         return replace(checkpoint, named=True)
     now = renamed(keys, checkpoint.recipe.renames, checkpoint.path)
     _check_once(now, checkpoint)
-    read = read_underscored if checkpoint.underscored else read_names
-    reading = read(list(now.values()), own, checkpoint.path)
+    if checkpoint.underscored:
+        reading = read_underscored(list(now.values()), own, checkpoint.path)
+    else:
+        fits = _fits(placed, checkpoint, own, now)
+        reading = read_names(list(now.values()), own, checkpoint.path, fits, checkpoint.task == "CAUSAL_LM")
     places = {key: reading.places[name] for key, name in now.items()}
     if not reading.said and not checkpoint.recipe.renames and not any(a.module in own.routers for a in placed):
         return replace(checkpoint, named=True)
@@ -52,6 +58,27 @@ def named(checkpoint: Checkpoint, own: Own) -> Checkpoint:
         only=False,
         named=True,
     )
+
+
+def _fits(adapters: list[Adapter], checkpoint: Checkpoint, own: Own, now: Mapping[str, str]) -> Fits:
+    """Do the sizes of an adapter, or of a whole tensor, agree with a place in the base?"""
+    of = {now[f"{a.module}.weight"]: a for a in adapters if not isinstance(a.params, Unbound) and a.parameter is None}
+    whole = {now.get(name, name): tuple(tensor.shape) for name, tensor in checkpoint.replaced.items()}
+
+    def fits(name: str, place: Place) -> bool:
+        shape = own.tensors.get(place.tensor, ())
+        if name in whole:
+            return shape == whole[name]
+        if name not in of or len(shape) < 2:
+            return True
+        rows, columns = shape[-2:] if place.expert is not None else (shape[0], math.prod(shape[1:]))
+        rows = rows if place.rows is None else place.rows[1] - place.rows[0]
+        found = {n: tuple(t.shape) for n, t in tensors_of(of[name].params).items()}
+        return any(
+            kind(of[name].kind).shapes(*size, of[name].params) == found for size in ((rows, columns), (columns, rows))
+        )
+
+    return fits
 
 
 def _keys(adapters: list[Adapter], replaced: Mapping[str, Tensor], own: Own) -> list[str]:

@@ -111,7 +111,8 @@ class Unbound:
 
 
 Covers = Callable[[Sequence[str]], list[str]]  # names of a base's modules -> those that must have an adapter
-Bind = Callable[["nn.Module"], "Sequence[Adapter]"]  # the base, with whole tensors in place -> the adapters on it
+# the base, with whole tensors in place, and the adapters that stand for those on it, under its own names -> those on it
+Bind = Callable[["nn.Module", "Sequence[Adapter]"], "Sequence[Adapter]"]
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,8 @@ class Parts:
     covers: Covers | None = None  # which of a base's modules must be adapted; None: all alike those that are
     only: bool = False  # may no others be adapted?
     underscored: bool = False  # the adapters' modules are named with _ for the dots
+    by_shapes: bool = False  # ``bind`` looks at the names and shapes of the base only, not at its numbers
+    task: str | None = None  # peft's task_type
     bind: Bind | None = (
         None  # where the adapters need the base (its names, its sizes, its numbers): makes them; ``adapters`` stand for them
     )
@@ -217,6 +220,8 @@ class Checkpoint:
     bind: Bind | None = None  # the adapters of this base, where ``adapters`` only stand for them
     members: tuple[Checkpoint, ...] = ()  # of a stack, in the order they act
     underscored: bool = False  # the adapters' modules are named with _ for the dots
+    by_shapes: bool = False  # ``bind`` looks at the names and shapes of the base only, not at its numbers
+    task: str | None = None  # peft's task_type
     named: bool = False  # under the base's own names; see ``naming``
 
     def describe(self) -> dict[str, Any]:
@@ -320,6 +325,8 @@ def read(
         missing=tuple(given.missing),
         bind=parts.bind,
         underscored=parts.underscored,
+        by_shapes=parts.by_shapes,
+        task=parts.task,
     )
 
 

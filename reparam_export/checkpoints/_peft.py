@@ -145,14 +145,21 @@ def parts_of(
     check_matched(source.path, source.config, names, list(replaced))
     notes = unused_targets(source.config, [a.module for a in found], list(replaced))
     needs_base = check is not None or any(adapter.kind == "tokens" for adapter in found)
-    bind = partial(on_base, check, found) if needs_base else None
+    bind = partial(on_base, check) if needs_base else None
     covers = targets(source.config)
     return Parts(
-        found, replaced, base=base_spec(source), covers=covers, only=covers is not None, bind=bind, notes=notes
+        found,
+        replaced,
+        base=base_spec(source),
+        covers=covers,
+        only=covers is not None,
+        bind=bind,
+        notes=notes,
+        task=source.config.get("task_type"),
     )
 
 
-def on_base(check: Check | None, adapters: Sequence[Adapter], module: nn.Module) -> list[Adapter]:
+def on_base(check: Check | None, module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
     """The adapters once the base has passed the check, trained tokens on every layer that shares their weight."""
     if check is not None:
         check(module, adapters)

@@ -56,18 +56,17 @@ def read_layers(source: Source, note: str = "") -> Parts:
     settings = {"peft": kind} | ({"rank": source.config["r"]} if isinstance(source.config.get("r"), int) else {})
     adapters = [Adapter(module, "probed", Unbound(dict(t), settings)) for module, t in by_module.items()]
     parts = parts_of(source, claim, adapters, names=[])
-    tokens = [a for a in parts.adapters if a.kind == "tokens"]
     notes = (note or f"peft's own {kind} layers, probed one by one", *parts.notes)
     # peft itself says which modules are adapted, and that each has its tensors: OSF leaves out what is no nn.Linear, though it is named
     return replace(
-        parts, bind=bind_layers(source, tokens, list(parts.replaced)), notes=notes, covers=lambda names: [], only=False
+        parts, bind=bind_layers(source, list(parts.replaced)), notes=notes, covers=lambda names: [], only=False
     )
 
 
-def bind_layers(source: Source, tokens: Sequence[Adapter], whole: Sequence[str]) -> Bind:
+def bind_layers(source: Source, whole: Sequence[str]) -> Bind:
     """Puts the folder's adapter on a copy of a base, and takes each of peft's layers as an adapter, and the trained tokens."""
 
-    def bind(module: nn.Module) -> list[Adapter]:
+    def bind(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
         peft = import_peft()
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -85,7 +84,7 @@ def bind_layers(source: Source, tokens: Sequence[Adapter], whole: Sequence[str])
         check_matched(source.path, source.config, list(layers), whole)
         return [
             *(_adapter(n, part, module.get_submodule(n)) for n, part in layers.items()),
-            *on_base(None, tokens, module),
+            *on_base(None, module, [a for a in adapters if a.kind == "tokens"]),
         ]
 
     return bind

@@ -38,10 +38,11 @@ class Wrapper:
     source: Source
     full: str
     tensors: Mapping[str, Tensor]
+    module: str = ""  # the base's
 
     @property
     def owner(self) -> str:
-        """The base's module."""
+        """The module by its name in the file."""
         return re.sub(r"(?:\.base_layer)+\Z", "", self.full).removeprefix(PREFIX)
 
     def layer(self, full: str | None = None) -> tuple[Layer, Claim]:
@@ -60,16 +61,17 @@ def read_parameters(
     wrappers = [Wrapper(source, full, _own(claim, full)) for full in modules]
     waiting = [Adapter(w.owner, "lora", Unbound(dict(w.tensors), {}), parameter=w.full) for w in wrappers]
     parts = parts_of(source, claim, waiting, names=[])
-    tokens = parts.adapters[len(wrappers) :]
+    tokens = [a for a in parts.adapters if a.kind == "tokens"]
 
-    def bind(module: nn.Module) -> list[Adapter]:
-        adapters = _on_model(source, module, wrappers, make)
+    def bind(module: nn.Module, placed: Sequence[Adapter]) -> list[Adapter]:
+        modules = {a.parameter: a.module for a in placed if a.kind != "tokens"}
+        adapters = _on_model(source, module, [replace(w, module=modules[w.full]) for w in wrappers], make)
         names = [f"{a.module}.{a.parameter}" if a.parameter else a.module for a in adapters]
         check_matched(source.path, source.config, list(dict.fromkeys(names)), list(parts.replaced))
-        return on_base(check, [*adapters, *tokens], module)
+        return on_base(check, module, [*adapters, *(a for a in placed if a.kind == "tokens")])
 
     covers = targets(source.config)
-    return replace(parts, bind=bind, covers=covers or (lambda names: []), only=covers is not None)
+    return replace(parts, bind=bind, by_shapes=not tokens, covers=covers or (lambda names: []), only=covers is not None)
 
 
 def _own(claim: Claim, full: str) -> dict[str, Tensor]:
@@ -95,7 +97,7 @@ def _on_model(source: Source, module: nn.Module, wrappers: Sequence[Wrapper], ma
         )
     groups: dict[str, list[Wrapper]] = {}
     for wrapper in wrappers:
-        groups.setdefault(wrapper.owner, []).append(wrapper)
+        groups.setdefault(wrapper.module, []).append(wrapper)
     missing = [name for name in parameters if name not in groups]
     if missing:
         raise _mismatch(source, missing[0], f"adapters on its {', '.join(parameters[missing[0]])}", "none in the file")
@@ -118,14 +120,14 @@ def _on_model(source: Source, module: nn.Module, wrappers: Sequence[Wrapper], ma
 def _plain(wrapper: Wrapper, make: MakeAdapter) -> Adapter:
     """A layer that ``target_modules`` names, beside the targeted parameters: with all that LoRA on a layer can have."""
     layer, claim = wrapper.layer()
-    adapter = make(layer)
+    adapter = replace(make(layer), module=wrapper.module)
     claim.finish()
     return adapter
 
 
 def _on_parameter(wrapper: Wrapper, parameter: str, target: nn.Module) -> list[Adapter]:
     """One adapter for a matrix, one for each matrix of a stack."""
-    name, tensor = wrapper.owner, target.get_parameter(parameter)
+    name, tensor = wrapper.module, target.get_parameter(parameter)
     layer, claim = wrapper.layer()
     a, b = layer.take("lora_A.weight"), layer.take("lora_B.weight")
     claim.finish()
@@ -136,7 +138,7 @@ def _on_parameter(wrapper: Wrapper, parameter: str, target: nn.Module) -> list[A
             f"{name}.{parameter}: a parameter of shape {tuple(tensor.shape)}, lora_A of {tuple(a.shape)} and lora_B of {tuple(b.shape)} do "
             "not fit; expected 2 or 3 dimensions, and a rank for each matrix of a stack"
         )
-    of = replace(layer, full=f"{PREFIX}{name}.{parameter}")
+    of = replace(layer, full=f"{PREFIX}{wrapper.owner}.{parameter}")
     of.check_rank(rank)
     scale = scale_of(of, rank)
     downs, ups = a.reshape(experts, rank, -1), b.reshape(b.shape[0], rank, experts)

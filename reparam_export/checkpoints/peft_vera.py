@@ -44,7 +44,7 @@ def read(source: Source) -> Parts:
     saved = bool(source.config.get("save_projection", True))
     projections = [source.tensors.get(key) for key in shared] if saved else [None, None]
     parts = read_folder(source, f"{name}_lambda_b", _params(name, *projections), READ, shared=shared)
-    return parts if saved else replace(parts, bind=_drawn(source, name, parts.adapters))
+    return parts if saved else replace(parts, bind=_drawn(source, name))
 
 
 def _params(name: str, A: Tensor | None, B: Tensor | None) -> Callable[[Layer], tuple[str, Any]]:  # noqa: N803
@@ -64,10 +64,10 @@ def _params(name: str, A: Tensor | None, B: Tensor | None) -> Callable[[Layer], 
     return params
 
 
-def _drawn(source: Source, name: str, adapters: Sequence[Adapter]) -> Bind:
+def _drawn(source: Source, name: str) -> Bind:
     """The adapters with the shared matrices drawn again, for the largest layer among theirs."""
 
-    def bind(module: nn.Module) -> list[Adapter]:
+    def bind(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
         import torch
 
         layers = [module.get_submodule(a.module) for a in adapters if a.kind == "vera"]

@@ -21,6 +21,7 @@ from reparam_export.errors import ExportError, MissingBackendError
 from reparam_export.exporters.artifact import Artifact
 from reparam_export.files import plain_shard_name, read_json, save_safetensors, sha256
 from reparam_export.hf_folder import DTYPE_KEYS, bias_switches, carried, folder_of, held_wide, retyped
+from reparam_export.names.conversions import own_of, spread
 from reparam_export.refuted import set_aside
 
 if TYPE_CHECKING:
@@ -93,11 +94,12 @@ def _in_place(model: VerifiedModel, folder: Path) -> Artifact:
     tensors = read_back(folder / "hf")
     apart = set(record.get("apart", ()))
     own = {name: tensor for name, tensor in tensors.items() if name not in apart}
-    _same(own, model.weights.tensors, "hf")
-    if record.get("weights_sha256") != model.certificate.weights_sha256 or own.keys() != model.weights.tensors.keys():
+    proven = model.weights.in_files()
+    _same(own, proven, "hf")
+    if record.get("weights_sha256") != model.certificate.weights_sha256 or own.keys() != proven.keys():
         raise ExportError(f"{folder / 'hf'}: holds other weights than the proven ones; run fuse and verify again")
     try:
-        _load_with_transformers(folder / "hf", own, model)
+        _load_with_transformers(folder / "hf", model.weights.tensors, model)
     except MissingBackendError:
         raise
     except ExportError as error:  # it stands where users look for it, and would load as something else
@@ -111,7 +113,8 @@ def _in_place(model: VerifiedModel, folder: Path) -> Artifact:
 
 
 def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], model: VerifiedModel) -> dict[str, Any]:
-    """config, tokenizer and shards. Adds zero biases to ``tensors`` where a config switch needs them. Returns details."""
+    """config, tokenizer and shards. Makes ``tensors`` what the files hold: zero biases where a config switch needs them, and the names of the
+    base's own files. Returns details."""
     import torch
 
     for file in carried(source):
@@ -121,6 +124,10 @@ def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], mod
     for name in zeros:
         weight = tensors[f"{name.removesuffix('.bias')}.weight"]
         tensors[name] = torch.zeros(weight.shape[0], dtype=weight.dtype)
+    own = dict(tensors)
+    stored = spread(own, own_of(model.module()).files)
+    tensors.clear()
+    tensors.update(stored)
     changed = class_of(config, model) | switched
     config.pop("auto_map", None)
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
@@ -135,7 +142,7 @@ def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], mod
         total = sum(t.numel() * t.element_size() for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shards.items()))}
         (made / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _load_with_transformers(made, tensors, model)
+    _load_with_transformers(made, own, model)
     return {"config_changed": changed, "shards": len(names)}
 
 

@@ -47,7 +47,7 @@ class Own:
     modules: dotted names, in the model's order. tensors: the shape of each tensor by its name. files: for a base of transformers, each
     tensor's name in files (of any version) and its place in the model; a name without a place is a part that is no block of rows.
     transposed: modules whose stacks hold (in, out). routers: modules that multiply by a matrix ``weight`` of their own, and are no
-    layers (in transformers 4 they were linear layers).
+    layers (in transformers 4 they were linear layers). language: the decoder inside a model of more than text.
     """
 
     modules: tuple[str, ...]
@@ -55,3 +55,4 @@ class Own:
     files: Mapping[str, Place | None] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     routers: frozenset[str] = frozenset()
+    language: str | None = None

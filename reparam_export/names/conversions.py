@@ -7,6 +7,7 @@ device: what it gives are views of them, whose storage, offset and strides say w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.names import Own, Place
@@ -27,6 +28,7 @@ def own_of(module: nn.Module) -> Own:
         tensors={name: tuple(tensor.shape) for name, tensor in state.items()},
         files=files or {},
         transposed=frozenset(transposed),
+        language=_language(module),
         routers=frozenset(
             name
             for name, part in module.named_modules()
@@ -36,6 +38,17 @@ def own_of(module: nn.Module) -> Own:
             and not hasattr(part, "nf")  # transformers' Conv1D
         ),
     )
+
+
+def _language(module: nn.Module) -> str | None:
+    """The name of the text decoder of a model of transformers that has other parts beside it."""
+    find = getattr(module, "get_decoder", None)
+    try:
+        decoder = find() if callable(find) else None
+    except Exception:  # some models have the method and no decoder
+        return None
+    found = next((name for name, part in module.named_modules() if part is decoder), None)
+    return found if (found and "language" in found) or (found and "text" in found) else None
 
 
 def places_in_files(module: nn.Module) -> dict[str, Place | None] | None:
@@ -91,3 +104,45 @@ def _place(name: str | None, view: Tensor, state: dict[str, Tensor]) -> Place | 
     if rest or not (straight or transposed) or start + count > rows:
         return None
     return Place(name, expert, None if count == rows else (start, start + count), transposed and not straight)
+
+
+def spread(tensors: Mapping[str, Tensor], files: Mapping[str, Place | None]) -> dict[str, Tensor]:
+    """A model's tensors under the names of its files: views of them. Raises KeyError for a part without a place."""
+    elsewhere = {place.tensor for place in files.values() if place is not None}
+    found = {name: tensor for name, tensor in tensors.items() if name not in elsewhere}
+    for name, place in files.items():
+        if place is not None and place.tensor in tensors:
+            found[name] = part_of(tensors[place.tensor], place)
+    return found
+
+
+def part_of(tensor: Tensor, place: Place) -> Tensor:
+    """The part of a model's tensor at this place, as the file has it: a view."""
+    part = tensor if place.expert is None else tensor[place.expert]
+    part = part if place.rows is None else part[..., slice(*place.rows), :]
+    return part.transpose(-1, -2) if place.transposed else part
+
+
+def gathered(tensors: Mapping[str, Tensor], files: Mapping[str, Place | None]) -> dict[str, Tensor]:
+    """The tensors of files as the model's own: renamed, and parts put together in new ones. Raises ValueError where a part is missing."""
+    import torch
+
+    found: dict[str, Tensor] = {}
+    parts: dict[str, list[tuple[Place, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        place = files.get(name) or Place(name)
+        tensor = tensor.transpose(-1, -2) if place.transposed else tensor
+        if place.expert is None and place.rows is None:
+            found[place.tensor] = tensor.contiguous()
+        else:
+            parts.setdefault(place.tensor, []).append((place, tensor))
+    for name, pieces in parts.items():
+        experts = 1 + max(place.expert or 0 for place, _ in pieces)
+        rows = max(len(t) if place.rows is None else place.rows[1] for place, t in pieces)
+        whole = torch.empty((experts, rows, pieces[0][1].shape[1]), dtype=pieces[0][1].dtype)
+        if sum(t.numel() for _, t in pieces) != whole.numel() or len({t.dtype for _, t in pieces}) > 1:
+            raise ValueError(f"{name}: its {len(pieces)} parts do not make {tuple(whole.shape)} of one dtype")
+        for place, tensor in pieces:
+            whole[place.expert or 0, slice(*(place.rows or (0, rows)))] = tensor
+        found[name] = whole if pieces[0][0].expert is not None else whole[0]
+    return found

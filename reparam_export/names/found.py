@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from reparam_export.errors import TensorMismatchError, UsageError
 from reparam_export.names import Own, Place
 
 SHOWN = 3
+Fits = Callable[[str, Place], bool]  # a name of the file and a place in the base: do their sizes agree?
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,16 @@ class Reading:
     places: Mapping[str, Place]
     others: Mapping[str, Place]
     said: str = ""
+    rename: str = ""  # the --rename that asks for this reading
 
 
-def read_names(names: Sequence[str], own: Own, path: Path) -> Reading:
-    """The places of tensors (``X.weight`` of a module, whatever it holds). Raises TensorMismatchError."""
+def read_names(
+    names: Sequence[str], own: Own, path: Path, fits: Fits = lambda name, place: True, language: bool = False
+) -> Reading:
+    """The places of tensors (``X.weight`` of a module, whatever it holds). Raises TensorMismatchError.
+
+    Of several readings, those count whose sizes fit, and for a checkpoint of a causal language model those inside the base's.
+    """
     straight, stored = straight_names(own), stored_names(own)
     if all(name in straight for name in names):
         return Reading({name: straight[name] for name in names}, straight)
@@ -45,12 +52,19 @@ def read_names(names: Sequence[str], own: Own, path: Path) -> Reading:
         for shift in _shifts(names, universe):
             places = {name: universe[shift.base(name)] for name in names}
             others = {o: place for name, place in universe.items() if (o := shift.file(name)) is not None}
-            found.setdefault(tuple(places.values()), Reading(places, others, f"{shift.said}{of}"))
-    if len(found) > 1:
-        raise _ambiguous(names[0], found.values(), path)
+            found.setdefault(tuple(places.values()), Reading(places, others, f"{shift.said}{of}", shift.rename))
     if not found:
         raise _unknown(names, straight | stored, own, path)
-    return next(iter(found.values()))
+    fitting = [r for r in found.values() if all(fits(name, place) for name, place in r.places.items())]
+    inside = [r for r in fitting if language and own.language and _inside(r, own.language)]
+    chosen = inside or fitting or list(found.values())
+    if len(chosen) > 1:
+        raise _ambiguous(names[0], chosen, path)
+    return chosen[0]
+
+
+def _inside(reading: Reading, module: str) -> bool:
+    return all(place.tensor.startswith(f"{module}.") for place in reading.places.values())
 
 
 def straight_names(own: Own) -> dict[str, Place]:
@@ -92,6 +106,13 @@ class Shift:
         return f"{self.head}{name.removeprefix(run)}" if name.startswith(run) else None
 
     @property
+    def rename(self) -> str:
+        """The --rename that does the same."""
+        run = f"{self.head}{self.parts}".removesuffix(".")
+        head = self.head.removesuffix(".")
+        return f"{head}={run}" if self.added else f"{run}={head}"
+
+    @property
     def said(self) -> str:
         run = self.parts.removesuffix(".")
         where = f" after {self.head.removesuffix('.')}" if self.head else ""
@@ -124,11 +145,11 @@ def _common(names: Sequence[str]) -> list[str]:
     return shortest[:count]
 
 
-def _ambiguous(name: str, readings: Iterable[Reading], path: Path) -> TensorMismatchError:
+def _ambiguous(name: str, readings: Sequence[Reading], path: Path) -> TensorMismatchError:
     candidates = [reading.places[name].tensor for reading in readings]
+    ways = " or ".join(f"--rename {reading.rename}" for reading in readings[:5])
     return TensorMismatchError(
-        f"{path}: {name} could be each of {', '.join(candidates[:5])}; say which with --rename OLD=NEW, such as "
-        f"--rename {name.partition('.')[0]}={candidates[0].partition(name)[0]}{name.partition('.')[0]}",
+        f"{path}: {name} could be each of {', '.join(candidates[:5])}; say which: {ways}",
         module=name.rpartition(".")[0],
         tensor=name,
         expected=name,

@@ -103,7 +103,7 @@ def layers_of(staging: Staging) -> tuple[LayerEvidence, ...]:
 
 def _moved(plan: Plan, staging: Staging) -> bool:
     """Does the checkpoint change anything: with its adapters, if it has any, else with the tensors that it brings whole?"""
-    if not plan.touched:
+    if not plan.folded:
         return bool(plan.moved)
     return any(layer.change != 0 for layer in layers_of(staging)) or bool(_biases_changed(staging))
 
@@ -127,6 +127,7 @@ def record_of(plan: Plan, staging: Staging, dtype: str | None, seconds: float) -
         for n in (f"{module}.weight", f"{module}.bias")
         if n in own and (n.endswith(".weight") or n in biases or n in plan.created)
     ]
+    changed += plan.stacks
     storage: dict[str, int] = {}
     for place in own.values():
         storage[torch_name(place.code)] = storage.get(torch_name(place.code), 0) + 1
@@ -136,6 +137,7 @@ def record_of(plan: Plan, staging: Staging, dtype: str | None, seconds: float) -
         "base": {"spec": checkpoint.base, "weights": None, "weights_sha256": None, "inputs": list(checkpoint.inputs)},
         "compute": "float32 with every undecided entry in float64: the bytes of float64" if _quick(plan) else "float64",
         "weights": WEIGHTS,
+        "names": "files" if plan.renamed else "model",
         "storage": storage,
         "dtype": plan.storage.short if plan.storage else None,
         "weights_sha256": digest_of((n, f"torch.{torch_name(p.code)}", p.shape, digests[n]) for n, p in own.items()),
@@ -193,7 +195,11 @@ def apart_of(plan: Plan, places: Mapping[str, Place]) -> set[str]:
     """Tensors in the files that are none of the model's own: zero biases that a switch brings, second names, constants of old files."""
     from reparam_export.state import CONSTANTS
 
-    constants = {n for n in places if n not in plan.touched and n.endswith(tuple(end for end, _ in CONSTANTS))}
+    constants = {
+        n
+        for n in places
+        if n not in plan.touched and n not in plan.stacks and n.endswith(tuple(end for end, _ in CONSTANTS))
+    }
     return set(plan.zeros) | {n for n in plan.ties if n in places} | constants
 
 
@@ -220,7 +226,7 @@ def expected(plan: Plan, out: Path) -> dict[str, Any]:
     return {
         "base": str(plan.source),
         "shards": {shard.name: shard.size for shard in plan.shards},
-        "touched": len(plan.touched),
+        "touched": len(plan.folded),
         "entries": plan.entries,
         "created": list(plan.created),
         "zeros": list(plan.zeros),

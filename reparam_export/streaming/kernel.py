@@ -34,7 +34,7 @@ class Pair:
     def of(cls, left: Array, right: Array) -> Pair:
         """left: (rows, k); right: (k, columns)."""
         return cls(
-            np.pad(left.astype(np.float32), ((0, MORE), (0, 0))),
+            np.pad(left.astype(np.float32, order="C"), ((0, MORE), (0, 0))),
             _together(right.astype(np.float32), LANES),
         )
 

@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reparam_export.assembly import base_of, named_each
+from reparam_export.assembly import base_of, bound, named_each
 from reparam_export.checkpoints import Checkpoint
 from reparam_export.errors import CheckpointError, ExportError, FusionError, TensorMismatchError
 from reparam_export.files import fingerprint
 from reparam_export.fit import check_covered
 from reparam_export.hf_folder import Structure, bias_switches, retyped, structure_of
+from reparam_export.models import Base
 from reparam_export.streaming.formats import BY_SHORT, FORMATS, Format, torch_name, wide
 from reparam_export.streaming.forms import Touched, creates_bias, modules_of
 from reparam_export.streaming.shards import Place, Stored, layout, of_tensor
 from reparam_export.streaming.source import UNTIED, NotStreamableError, check_names, files_of, source_of, untied
+from reparam_export.streaming.stacks import in_files, matrices, onto_files, stacks_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +52,11 @@ class Plan:
     storage: Format | None  # of all float tensors; None: as each is in the base
     shards: tuple[Shard, ...]
     touched: Mapping[str, Touched]
+    stacks: Mapping[
+        str, tuple[Touched | None, ...]
+    ]  # each matrix of a stack that is one tensor; None: no adapter is on it
+    renamed: bool  # the names of the base's files are not those of its model
+    originals: Mapping[str, Stored]  # the stacks as the base has them
     tensors: Mapping[str, Stored]  # what is not folded, by name; zeros have none
     created: tuple[str, ...]
     zeros: tuple[str, ...]
@@ -65,7 +72,12 @@ class Plan:
     @property
     def entries(self) -> int:
         """Entries of the weights that are folded."""
-        return sum(math.prod(t.weight.shape) for t in self.touched.values())
+        return sum(math.prod(t.weight.shape) for t in self.folded)
+
+    @property
+    def folded(self) -> list[Touched]:
+        """Every matrix that adapters are on."""
+        return [*self.touched.values(), *(t for stack in self.stacks.values() for t in stack if t is not None)]
 
     def itemsize(self, name: str) -> int | None:
         """Bytes of an entry of a float tensor as it is written."""
@@ -102,13 +114,18 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
     stored = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     structure = structure_of(config, shapes, base, exact=checkpoint.positional)
-    checkpoint = named_each(checkpoint, structure.own)
+    checkpoint = _bound(named_each(checkpoint, structure.own), base)
+    renamed = bool(structure.own.files or structure.own.routers)
+    if renamed:
+        structure, checkpoint = _in_files(structure, checkpoint)
     check_names(structure, stored, config)
     structure, apart = untied(structure, checkpoint, config, base)
     stored |= {name: replace(stored[holder], name=name) for name, holder in apart.items()}
     target = BY_SHORT[storage] if storage else None
     replaced = _replaced(checkpoint, stored, target)
-    touched = _touched(checkpoint, stored | replaced, structure)
+    single = replace(checkpoint, adapters=tuple(a for a in checkpoint.adapters if a.expert is None))
+    touched = _touched(single, stored | replaced, structure)
+    stacks = _stacks(checkpoint, stored, structure)
     check_covered([n for n in structure.order if f"{n}.weight" in stored], checkpoint)
     created = _created(touched, structure) + [name for name in replaced if name not in stored]
     names = set(stored) | set(created)
@@ -120,7 +137,7 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
     shards = _shards(files, apart, [*created, *zeros], touched, stored | replaced, target, checkpoint)
     places = {place.name: torch_name(place.code) for shard in shards for _, filled in shard.units for place in filled}
     own, retyped_entries = retyped({k: v for k, v in config.items() if k != "auto_map"}, places, structure.wide)
-    fused = {f"{module}.{part}" for module in touched for part in ("weight", "bias")}
+    fused = {f"{module}.{part}" for module in touched for part in ("weight", "bias")} | stacks.keys()
     return Plan(
         checkpoint=checkpoint,
         source=source,
@@ -129,12 +146,17 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
         storage=target,
         shards=shards,
         touched=touched,
+        stacks=stacks,
+        originals={name: stored[name] for name in stacks},
+        renamed=bool(structure.own.files),
         tensors={name: tensor for name, tensor in (stored | replaced).items() if name not in fused},
         created=tuple(sorted(created)),
         zeros=tuple(zeros),
         untied=tuple(apart),
         ties=structure.ties,
-        moved=() if touched else tuple(name for name, new in replaced.items() if _differs(new, stored.get(name))),
+        moved=()
+        if touched or stacks
+        else tuple(name for name, new in replaced.items() if _differs(new, stored.get(name))),
     )
 
 
@@ -149,11 +171,60 @@ def _check_plain(checkpoint: Checkpoint) -> None:
     """Raises NotStreamableError for what needs the model, or a matrix several times."""
     if checkpoint.members:
         raise NotStreamableError("several checkpoints act on one base")
-    if checkpoint.bind is not None:
+    if checkpoint.bind is not None and not checkpoint.by_shapes:
         raise NotStreamableError(f"the adapters of a {checkpoint.format} checkpoint are made from the model itself")
-    other = next((a for a in checkpoint.adapters if a.parameter is not None or a.weight != 1), None)
+    other = next((a for a in checkpoint.adapters if a.weight != 1), None)
     if other is not None:
-        raise NotStreamableError(f"{other.site} is not the weight of a layer, or is changed in part")
+        raise NotStreamableError(f"{other.site} is changed in part")
+
+
+def _bound(checkpoint: Checkpoint, base: Base) -> Checkpoint:
+    """The checkpoint with the adapters that the shapes of its base give."""
+    if checkpoint.bind is None:
+        return checkpoint
+    skeleton = base.skeleton()
+    if skeleton is None:
+        raise NotStreamableError(f"the adapters of a {checkpoint.format} checkpoint are made from the model itself")
+    return bound(checkpoint, skeleton)
+
+
+def _in_files(structure: Structure, checkpoint: Checkpoint) -> tuple[Structure, Checkpoint]:
+    """Both under the names of the base's files, once every module of the model that must have an adapter has one."""
+    check_covered([n for n in structure.order if f"{n}.weight" in structure.own.tensors], checkpoint)
+    whole = {p.tensor: name for name, p in structure.own.files.items() if p is not None and p.whole}
+    placed = replace(
+        checkpoint,
+        adapters=onto_files(checkpoint.adapters, structure.own),
+        replaced={whole.get(name, name): tensor for name, tensor in checkpoint.replaced.items()},
+        covers=lambda names: [],
+        only=False,
+    )
+    return in_files(structure), placed
+
+
+def _stacks(
+    checkpoint: Checkpoint, stored: Mapping[str, Stored], structure: Structure
+) -> dict[str, tuple[Touched | None, ...]]:
+    """Every matrix of the stacks that files hold as one tensor, with its adapters. Raises TensorMismatchError, NotStreamableError."""
+    found: dict[str, tuple[Touched | None, ...]] = {}
+    for name, adapters in stacks_of(checkpoint.adapters).items():
+        whole = stored.get(name)
+        if whole is None or len(whole.shape) != 3 or not whole.is_float:
+            raise NotStreamableError(f"{name} holds no stack of matrices in the base's files")
+        experts = [tuple(replace(a, expert=None) for a in adapters if a.expert == e) for e in range(whole.shape[0])]
+        if any(len(own) > 1 and any(a.rows is None for a in own) for own in experts):
+            raise NotStreamableError(f"{name} has several adapters on the same outputs")
+        transposed = name.rpartition(".")[0] in structure.own.transposed
+        found[name] = tuple(
+            Touched(f"{name}[{e}]", own, Stored(name, whole.code, whole.shape[1:], raw), None, transposed)
+            if own
+            else None
+            for e, (own, raw) in enumerate(zip(experts, matrices(whole.shape, whole.raw), strict=True))
+        )
+        odd = next((t for t in found[name] if t is not None and (creates_bias(t) or creates_bias(t) is None)), None)
+        if odd is not None:
+            raise NotStreamableError(f"{odd.module} has an adapter that adds a bias, or none in factors")
+    return found
 
 
 def _replaced(checkpoint: Checkpoint, stored: Mapping[str, Stored], target: Format | None) -> dict[str, Stored]:
@@ -177,6 +248,9 @@ def _replaced(checkpoint: Checkpoint, stored: Mapping[str, Stored], target: Form
 def _touched(checkpoint: Checkpoint, stored: Mapping[str, Stored], structure: Structure) -> dict[str, Touched]:
     """Every adapted module with its weight. Raises TensorMismatchError, FusionError, NotStreamableError."""
     found = {}
+    direct = next((a for a in checkpoint.adapters if a.parameter is not None), None)
+    if direct is not None:
+        raise NotStreamableError(f"{direct.site} is not the weight of a layer")
     for module, adapters in modules_of(checkpoint.adapters).items():
         if len(adapters) > 1 and any(a.rows is None for a in adapters):
             raise NotStreamableError(f"{module} has several adapters on the same outputs")

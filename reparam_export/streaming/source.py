@@ -49,7 +49,10 @@ def source_of(checkpoint: Checkpoint, base: Base) -> tuple[Path, dict[str, Any]]
     task = keywords.pop("task", None)
     if keywords.pop("architecture", architecture) != architecture or not architecture:
         raise NotStreamableError("the model is of another class than the base's folder")
-    if task is not None and not architecture.endswith(TASKS.get(str(task), ("\0",))):
+    plain = task is None or architecture.endswith(TASKS.get(str(task), ("\0",)))
+    if (
+        not plain and type(base.skeleton()).__name__ != architecture
+    ):  # transformers may have no other class for the task
         raise NotStreamableError(f"the checkpoint is for {task}, the base's folder holds a {architecture}")
     if keywords:
         raise NotStreamableError(f"the base's config is changed ({', '.join(keywords)})")

@@ -18,9 +18,11 @@ from blake3 import blake3
 from reparam_export.files import fingerprint
 from reparam_export.streaming import rows
 from reparam_export.streaming.formats import F64, FORMATS, Array, Format, finite, refuse_overflow, rounded, widen
-from reparam_export.streaming.layers import WIDTHS, Buffers, fold_layer
+from reparam_export.streaming.forms import Touched
+from reparam_export.streaming.layers import WIDTHS, Buffers, Write, fold_layer
 from reparam_export.streaming.plan import Plan, Shard
 from reparam_export.streaming.shards import Place, Stored, write_at
+from reparam_export.streaming.stacks import matrices
 from reparam_export.streaming.staging import Staging
 from reparam_export.verification.certificate import LayerEvidence
 
@@ -159,7 +161,11 @@ class Work:
         started = time.thread_time()
         writer = Writer(output, places, self._flush)
         touched = self.plan.touched.get(name)
-        if touched is not None and places[0].name != name:
+        stack = self.plan.stacks.get(name)
+        if stack is not None:
+            output.layers += self._stack(stack, places[0], writer)
+            part = "fold"
+        elif touched is not None and places[0].name != name:
             buffers = self.buffers.__dict__.setdefault("kept", Buffers())
             targets = {place.name: FORMATS[place.code] for place in places}
             folded = fold_layer(touched, targets, writer, buffers, crc32(name.encode()))
@@ -175,8 +181,28 @@ class Work:
         output.digests |= writer.done()
         output.seconds[part] = output.seconds.get(part, 0.0) + time.thread_time() - started
 
+    def _stack(self, stack: tuple[Touched | None, ...], place: Place, writer: Writer) -> list[LayerEvidence]:
+        """One tensor that holds a stack of matrices, one after the other."""
+        buffers = self.buffers.__dict__.setdefault("kept", Buffers())
+        size, found = place.nbytes // len(stack), []
+        for number, touched in enumerate(stack):
+            at = number * size
 
-def carry(place: Place, stored: Stored | None, write: Writer) -> None:
+            def write(_: str, start: int, raw: Array, at: int = at) -> None:
+                writer(place.name, at + start, raw)
+
+            if touched is None:
+                whole = self.plan.originals[place.name]
+                raw = matrices(whole.shape, whole.raw)[number]
+                part = Place(place.name, place.code, place.shape[1:], 0)
+                carry(part, Stored(place.name, whole.code, whole.shape[1:], raw), write)
+                continue
+            targets = {f"{touched.module}.weight": FORMATS[place.code]}
+            found.append(fold_layer(touched, targets, write, buffers, crc32(touched.module.encode())).evidence)
+        return found
+
+
+def carry(place: Place, stored: Stored | None, write: Write) -> None:
     """A tensor that is not folded: copied, rounded to another format, or zeros when there is none. Raises FusionError."""
     if stored is None:
         write(place.name, 0, np.zeros(place.nbytes, np.uint8))
@@ -195,7 +221,7 @@ def carry(place: Place, stored: Stored | None, write: Writer) -> None:
     cast(place, stored.raw.view(of.raw), of, target, write)
 
 
-def cast(place: Place, values: Array, of: Format, target: Format, write: Writer) -> None:
+def cast(place: Place, values: Array, of: Format, target: Format, write: Write) -> None:
     """Every value in another float format, rounded once."""
     step = rows.ENTRIES
     for start in range(0, len(values), step):
@@ -212,7 +238,7 @@ def folded_whole(plan: Plan) -> list[str]:
     """The modules with a kind that has no factors: folded as whole layers."""
     from reparam_export.adapters import kind
 
-    return [name for name, t in plan.touched.items() if any(not hasattr(kind(a.kind), "low_rank") for a in t.adapters)]
+    return [t.module for t in plan.folded if any(not hasattr(kind(a.kind), "low_rank") for a in t.adapters)]
 
 
 def memory_needed(plan: Plan) -> int:
@@ -221,9 +247,10 @@ def memory_needed(plan: Plan) -> int:
 
     buffers = workers() * WIDTHS * (6 * 8 + rows.SPAN * 4) * rows.ENTRIES
     adapters: int = sum(
-        t.nbytes for touched in plan.touched.values() for a in touched.adapters for t in tensors_of(a.params).values()
+        t.nbytes for touched in plan.folded for a in touched.adapters for t in tensors_of(a.params).values()
     )
-    whole = [plan.touched[name] for name in folded_whole(plan)]
+    apart = set(folded_whole(plan))
+    whole = [touched for touched in plan.folded if touched.module in apart]
     largest = max((int(np.prod(t.weight.shape)) * 8 * 6 for t in whole), default=0)
     return 120_000_000 + buffers + adapters + workers() * largest
 
@@ -232,9 +259,9 @@ def seconds_expected(plan: Plan) -> float:
     """Of folding, on all cores: measured on the first rows of the largest touched weight. The disk, and whole layers, take longer."""
     from reparam_export.streaming.forms import format_of
 
-    if not plan.touched:
+    if not plan.folded:
         return 0.0
-    largest = max(plan.touched.values(), key=lambda t: len(t.weight.raw))
+    largest = max(plan.folded, key=lambda t: len(t.weight.raw))
     source = format_of(largest.weight)
     values = largest.weight.values()[: max(1, rows.ENTRIES // largest.weight.shape[1])]
     factors = ((np.ones((len(values), 16)), np.full((16, values.shape[1]), 1e-4)),)
