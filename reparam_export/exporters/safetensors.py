@@ -113,8 +113,10 @@ def _in_place(model: VerifiedModel, folder: Path) -> Artifact:
 
 
 def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], model: VerifiedModel) -> dict[str, Any]:
-    """config, tokenizer and shards. Makes ``tensors`` what the files hold: zero biases where a config switch needs them, and the names of the
-    base's own files. Returns details."""
+    """config, tokenizer and shards. Returns details.
+
+    Makes ``tensors`` what the files hold: zero biases where a config switch needs them, and the names of the base's own files.
+    """
     import torch
 
     for file in carried(source):
