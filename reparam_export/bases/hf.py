@@ -207,7 +207,8 @@ def _configured(folder: Path, keywords: dict[str, Any], base: Base) -> tuple[Any
             f"base {base.spec!r}: expected a model class of transformers {transformers.__version__}; found {name!r}; "
             "another one can be named with ?architecture=CLASS"
         )
-    labels = next((s[0] for n, s in base.replaced.items() if n in CLASSIFIERS), None)
+    carried = {} if base.weights else {name: tuple(tensor.shape) for name, tensor in (base.state or {}).items()}
+    labels = next((s[0] for n, s in (carried | dict(base.replaced)).items() if n in CLASSIFIERS), None)
     if labels is not None and labels != config.num_labels:
         keywords.setdefault("num_labels", labels)
     for key, value in keywords.items():

@@ -284,7 +284,13 @@ def read(
     """
     config = [config] if isinstance(config, str | Path) else list(config)
     given = read_settings([Path(c) for c in config], settings, candidate, lenient=inspecting)
-    source = open_source(Path(path), given, base_given=base is not None, numpy=inspecting or numpy)
+    source = open_source(
+        Path(path),
+        given,
+        base_given=base is not None,
+        numpy=inspecting or numpy,
+        weights_given=base_weights is not None,
+    )
     name, fmt = recognise(source)
     parts = _read(fmt, source)
     if base_weights is not None and "base_weights" in given.values:  # which of the models in that file

@@ -29,12 +29,30 @@ HARMLESS = frozenset(  # say how it was trained, loaded or saved; the forward of
         "peft_version", "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices",
     )
 )  # fmt: skip
+LORA_LAYER = re.compile(r"\.lora_(?:A(?:\.[^.]+)?\.weight|embedding_A)")
+OUTPUTS = ("lm_head", "embed_out", "output_projection")
 WRAPPERS = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer|ln_tuning_layers)(?=\.)")
 
 
 def of_type(*names: str) -> Callable[[Source], bool]:
     """``accepts`` of the reader of these peft types."""
-    return lambda source: source.config.get("peft_type") in names
+    return lambda source: source.config.get("peft_type") in names and not is_state(source)
+
+
+def is_state(source: Source) -> bool:
+    """Is it the state dict of a model with peft's layers in it, and not what peft saves of an adapter?"""
+    names = source.tensors
+    if "peft_type" not in source.config:
+        return any(LORA_LAYER.search(name) for name in names)
+    ours = tuner_prefix(source)
+    outside = not any(name.startswith("base_model.") for name in names) and any(f".{ours}" in name for name in names)
+    return outside or any(_below_adapter(name, names) for name in names)
+
+
+def _below_adapter(name: str, names: Collection[str]) -> bool:
+    """Is it the weight below an adapter? Of embeddings and output layers, a folder may bring it too."""
+    owner = name.removesuffix(".base_layer.weight")
+    return owner != name and f"{owner}.lora_embedding_A" not in names and not owner.endswith(OUTPUTS)
 
 
 def looked_for(name: str) -> str:

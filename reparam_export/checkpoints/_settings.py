@@ -16,6 +16,7 @@ from reparam_export.errors import CheckpointError, MissingSettingError, UsageErr
 
 Choice = dict[str, str]  # {"A": "LoRA_4", "B": "vector", ...}
 SUPPORTS = frozenset("ABCDE")
+CHOICES = frozenset(("adapter", "base_weights", "part", "weights"))  # of what a file holds
 
 
 @dataclass
@@ -55,6 +56,27 @@ class Settings:
             raise UsageError(f"setting {name} is 0: that switches the adapter off; pass the value it was trained with")
         self.used[name] = number
         return number
+
+    def take_all(self) -> dict[str, Any]:
+        """Every value but those that choose among what files hold, as one configuration."""
+        found = {name: value for name, value in self.values.items() if name not in CHOICES}
+        self.used |= {name: found[name] for name in self.given if name in found}
+        return found
+
+    def flag(self, name: str) -> bool:
+        """Yes or no; no where it is not given. Raises UsageError for another value."""
+        value = self.values.get(name, False)
+        if not isinstance(value, bool):
+            raise UsageError(f"setting {name}: expected true or false, found {_shown(value)}")
+        if name in self.values:
+            self.used[name] = value
+        return value
+
+    def offer(self, name: str, value: Any, where: str) -> None:
+        """A value that the file itself has, where the user gives none."""
+        if value is not None and name not in self.values:
+            self.values[name] = value
+            self.notes.append(f"{name} {_shown(value)} from {where}")
 
     def choice(self, name: str, options: Sequence[str], *, why: str) -> str:
         """One of the options; the first while inspecting. Raises MissingSettingError, or UsageError for another value."""

@@ -37,6 +37,7 @@ class Source:
     content: Mapping[str, Any]
     settings: Settings
     base_given: bool
+    weights_given: bool = False  # the base's, apart from this file
 
     def claim(self) -> Claim:
         """All tensors, to be taken one by one; what is not taken is an error."""
@@ -103,7 +104,9 @@ class Claim:
             )
 
 
-def open_source(path: Path, settings: Settings, *, base_given: bool, numpy: bool) -> Source:
+def open_source(
+    path: Path, settings: Settings, *, base_given: bool, numpy: bool, weights_given: bool = False
+) -> Source:
     """Open a file, or the weights and configuration of a folder. Raises CheckpointError."""
     file = weights_file(path)
     beside = file.parent if path.is_file() else path
@@ -111,6 +114,8 @@ def open_source(path: Path, settings: Settings, *, base_given: bool, numpy: bool
     for name in ("adapter_config.json", "config.json"):
         if not config and (beside / name).is_file():
             config = read_json(beside / name)
+    if "peft_type" in settings.values:  # adapter_config.json, given with --config
+        config = settings.take_all()
     content: Mapping[str, Any] = {}
     metadata: dict[str, str] = {}
     if file.suffix == ".safetensors":
@@ -121,7 +126,7 @@ def open_source(path: Path, settings: Settings, *, base_given: bool, numpy: bool
             content, tensors = loaded, {}
         else:
             content, tensors = loaded if isinstance(loaded, Mapping) else {}, _state(file, loaded, settings)
-    return Source(path, file, unwrapped(tensors, file), config, metadata, content, settings, base_given)
+    return Source(path, file, unwrapped(tensors, file), config, metadata, content, settings, base_given, weights_given)
 
 
 def _state(file: Path, loaded: Any, settings: Settings) -> dict[str, Tensor]:

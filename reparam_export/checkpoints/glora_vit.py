@@ -24,7 +24,7 @@ def accepts(source: Source) -> bool:
 def read(source: Source) -> Parts:
     claim = source.claim()
     adapters = supports(source, claim, mark=".", prefix="")
-    return parts_with(adapters, claim)
+    return parts_with(source, adapters, claim)
 
 
 def supports(source: Source, claim: Claim, *, mark: str, prefix: str) -> tuple[Adapter, ...]:

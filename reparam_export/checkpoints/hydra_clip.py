@@ -40,4 +40,4 @@ def read(source: Source) -> Parts:
         params = hydra.Params(branches["par"], branches["seq"], scales["par"] or 0.0, scales["seq"] or 0.0)
         adapters.append(Adapter(f"{parent}.c_proj", "hydra", params))
     check_branches(source, adapters)
-    return parts_with(adapters, claim, lambda name: False)
+    return parts_with(source, adapters, claim, lambda name: False)

@@ -36,7 +36,7 @@ def read(source: Source) -> Parts:
         params = hydra.Params(pair(claim, f"{prefix}_par"), pair(claim, f"{prefix}_seq"), scale, scale)
         adapters.append(Adapter(f"{parent}.{ADAPTED[layer]}", "hydra", params))
     check_branches(source, adapters)
-    return parts_with(adapters, claim)
+    return parts_with(source, adapters, claim)
 
 
 def check_branches(source: Source, adapters: Sequence[Adapter]) -> None:

@@ -36,7 +36,7 @@ def read(source: Source) -> Parts:
     for parent, site in sites:
         pair = _pair(source, claim, f"{parent}.{site}")
         adapters.append(Adapter(parent + ADAPTED[site], "repadapter", repadapter.Params(pair, scale)))
-    return parts_with(adapters, claim)
+    return parts_with(source, adapters, claim)
 
 
 def _pair(source: Source, claim: Claim, prefix: str) -> Bottleneck:

@@ -46,7 +46,7 @@ def read(source: Source) -> Parts:
     claim = Claim(source.path, tensors)
     pairs = dict.fromkeys((m["owner"], int(m["number"])) for name in tensors if (m := PAIR.fullmatch(name)))
     adapters = tuple(_adapter(source, claim, owner, number) for owner, number in pairs)
-    return parts_with(adapters, claim, lambda name: True, base=_base(source))
+    return parts_with(source, adapters, claim, lambda name: True, base=_base(source))
 
 
 def _adapter(source: Source, claim: Claim, owner: str, number: int) -> Adapter:

@@ -65,7 +65,7 @@ def _without_outer(parts: Sequence[str]) -> list[str]:
 
 def _unnamed(names: Sequence[str]) -> list[str]:
     """The names without that of the adapter in them, where there is one adapter."""
-    if len(set(several(names)) | {"default"}) > 2:
+    if len(several(names)) > 1:
         return list(names)
     return [_without_adapter(name) for name in names]
 

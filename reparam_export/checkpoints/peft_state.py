@@ -1,0 +1,130 @@
+"""A plain state dict of a model with peft's own layers in it: what ``torch.save(model.state_dict())``, Lightning, FSDP and verl write.
+
+    [OUTER.]base_model.model.X.base_layer.weight               the base's own, below an adapter
+    [OUTER.]base_model.model.X.lora_A.NAME.weight lora_B...    as in a folder, with the name of the adapter
+    [OUTER.]base_model.model.H.modules_to_save.NAME.weight     trained whole; H.original_module.weight is the unused copy
+    [OUTER.]base_model.model.Y.weight                          the base's own
+
+``base_model.model.`` may be missing (``inject_adapter_in_model``, ``model.add_adapter``), and so may all of the base's own tensors (peft,
+tuners/tuners_utils.py and utils/other.py). The settings are in ``adapter_config.json``, beside the file or given with ``--config``; it may
+be of any type that a folder may be of. Without it the file must be LoRA: ranks are the tensors' own, ``lora_alpha`` is asked for (or is
+that of Lightning's ``hyper_parameters``), and ``use_rslora`` may be set. Of several adapters one is chosen with ``--set adapter=NAME``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+from reparam_export import plugins
+from reparam_export.affine import Tensor
+from reparam_export.checkpoints import Format, Parts, Source
+from reparam_export.checkpoints._carried import with_base
+from reparam_export.checkpoints._peft import WRAPPERS, is_state, tuner_prefix
+from reparam_export.checkpoints._peft_names import PREFIX
+from reparam_export.errors import CheckpointError
+from reparam_export.names.wrappers import several, unwrapped
+
+LOOKED_FOR = "base_model.model.X.lora_A.weight and the like in a plain state dict (a peft model's own)"
+HEAD = re.compile(r"(?:\A|(?<=\.))base_model\.model\.")
+SHARED = re.compile(r"(?:\A|.+\.)(base_model\.(?!model\.).+)")  # by all modules, such as VeRA's projections
+TRAINED = re.compile(r"\.(?:modules_to_save|original_module|token_adapter|ln_tuning_layers)\.|trainable_tokens")
+
+accepts = is_state
+
+
+def read(source: Source) -> Parts:
+    tensors = _once({_in_folder(name): tensor for name, tensor in _one_adapter(source).items()})
+    config = source.config if "peft_type" in source.config else lora_settings(source, list(tensors))
+    tuned = f".{tuner_prefix(replace(source, config=config))}"
+    own = {n: t for n, t in tensors.items() if tuned not in n and n.startswith(PREFIX) and not TRAINED.search(n)}
+    inner = replace(source, tensors={n: t for n, t in tensors.items() if n not in own}, config=config)
+    return with_own(source, reader_of(inner).read(inner), own)
+
+
+def _in_folder(name: str) -> str:
+    """The name that a folder would have."""
+    shared = SHARED.fullmatch(name)
+    return shared[1] if shared else PREFIX + HEAD.sub("", name)
+
+
+def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What all modules share once, and not again in each of them."""
+    shared = {n.removeprefix("base_model."): t for n, t in tensors.items() if not n.startswith(PREFIX)}
+    copies = {n for n in tensors if n.startswith(PREFIX) and n.rpartition(".")[2] in shared}
+    return {n: t for n, t in tensors.items() if n not in copies or bool((t != shared[n.rpartition(".")[2]]).any())}
+
+
+def reader_of(source: Source) -> Format:
+    """The reader of a folder of this type. Raises CheckpointError for tensors that none reads."""
+    for name in plugins.names("checkpoints"):
+        fmt = cast(Format, plugins.load("checkpoints", name))
+        if name.startswith("peft_") and name != "peft_state" and fmt.accepts(source):
+            return fmt
+    raise CheckpointError(f"{source.path}: a state dict of peft's layers without adapters in it")
+
+
+def with_own(source: Source, parts: Parts, own: Mapping[str, Tensor]) -> Parts:
+    """The parts with the base's own tensors of the same file: all of them, or some that were trained (biases)."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in own.items():
+        plain = WRAPPERS.sub("", name.removeprefix(PREFIX))
+        if plain in state:
+            raise CheckpointError(f"{source.path}: {name} and another tensor are both {plain} of the base")
+        state[plain] = tensor
+    if not any(".base_layer." in name and name.endswith("weight") for name in own):
+        return replace(parts, replaced=state | dict(parts.replaced))
+    covers = parts.covers or (lambda names: [])  # a layer without an adapter has its plain name in the file
+    return with_base(source, replace(parts, covers=covers), state)
+
+
+def lora_settings(source: Source, names: list[str]) -> dict[str, Any]:
+    """What stands for ``adapter_config.json`` of LoRA where there is none. Raises MissingSettingError without ``lora_alpha``."""
+    given = source.settings
+    options = source.content.get("hyper_parameters")
+    options = getattr(options, "__dict__", options)
+    if isinstance(options, Mapping) and "lora_alpha" in options:
+        for name in ("lora_alpha", "use_rslora"):
+            given.offer(name, options.get(name), "the file's hyper_parameters")
+    alpha = given.number("lora_alpha", found_in="adapter_config.json, or the LoraConfig of the training script")
+    rs = given.flag("use_rslora")
+    given.notes.append(f"scale lora_alpha / {'sqrt(r)' if rs else 'r'} on every module")
+    return {
+        "peft_type": "LORA",
+        "lora_alpha": alpha,
+        "use_rslora": rs,
+        "use_dora": any(".lora_magnitude_vector" in name for name in names),
+        "lora_bias": any(name.endswith(".lora_B.bias") for name in names),
+    }
+
+
+def _one_adapter(source: Source) -> dict[str, Tensor]:
+    """The tensors of one of the adapters in the file, without its name, and those that belong to none."""
+    adapters = several(source.tensors)
+    tensors = dict(source.tensors)
+    if len(adapters) > 1:
+        why = (
+            f"{source.path}: the file holds the adapters {', '.join(adapters)}; which one was in use decides the result"
+        )
+        chosen = source.settings.choice("adapter", adapters, why=why)
+        others = re.compile(
+            rf"\.(?:lora_\w+|modules_to_save)\.(?:{'|'.join(map(re.escape, set(adapters) - {chosen}))})(?:\.|\Z)"
+        )
+        tensors = {
+            n.replace(f".modules_to_save.{chosen}.", ".modules_to_save."): t
+            for n, t in tensors.items()
+            if not others.search(n)
+        }
+        tensors = unwrapped(tensors, source.path)
+    return {_unnamed(name, tensors): tensor for name, tensor in tensors.items()}
+
+
+def _unnamed(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """``H.modules_to_save.NAME.weight`` without NAME, where the unused copy shows that it is one."""
+    owner, mark, rest = name.partition(".modules_to_save.")
+    inner = rest.partition(".")[2]
+    if mark and f"{owner}.original_module.{rest}" not in tensors and f"{owner}.original_module.{inner}" in tensors:
+        return f"{owner}{mark}{inner}"
+    return name
