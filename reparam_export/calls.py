@@ -1,12 +1,13 @@
 """Calls into code that is not ours: a user's model, and the libraries that are inside it.
 
 ``foreign``   what such code raises becomes one line of ours: whose code, in which step, what it said
-``evaluated`` a module in eval mode
+``copied``    a copy of a module, ``evaluated``: a module in eval mode
 ``experts``   transformers' mixtures of experts for the time of one step: not every implementation takes every step
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -37,6 +38,12 @@ def foreign(whose: str, step: str, error: type[ReparamError] = FusionError, hint
         raise
     except Exception as raised:  # of any type: a model may raise what it likes
         raise error(f"{whose} cannot be {step}: {first_line(raised)}{hint and '; '}{hint}") from raised
+
+
+def copied(module: M) -> M:
+    """A copy of somebody else's module. Raises FusionError: not all modules can be copied."""
+    with foreign(type(module).__name__, "copied"):
+        return copy.deepcopy(module)
 
 
 def evaluated(module: M) -> M:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export import plugins
 from reparam_export.batches import ROWS, Axes, axes_of, is_plain
-from reparam_export.calls import evaluated, experts
+from reparam_export.calls import evaluated, experts, foreign
 from reparam_export.calls import first_line as first_line
 from reparam_export.errors import CheckpointError, UsageError
 from reparam_export.float64 import pure_float64 as pure_float64
@@ -99,7 +99,10 @@ class Base:
         make = getattr(plugins.load("bases", self._scheme()), "skeleton", None)
         if make is None:
             return None
-        with torch.random.fork_rng(devices=[]):
+        with (
+            torch.random.fork_rng(devices=[]),
+            foreign(f"base {self.spec!r}", "laid out without its numbers", CheckpointError),
+        ):
             torch.manual_seed(0)
             module: nn.Module = make(self)
         return module
@@ -124,7 +127,7 @@ class Base:
         import torch
 
         scheme, argument = self._scheme(), self.spec.partition(":")[2]
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), foreign(f"base {self.spec!r}", "built", CheckpointError):
             torch.manual_seed(0)
             module, signature = plugins.load("bases", scheme).build(argument, self)
         evaluated(module).requires_grad_(False)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import own_model
 
 import reparam_export as rx
 from reparam_export.calls import IMPLEMENTATIONS, experts, foreign
@@ -62,7 +63,7 @@ def test_a_mixture_of_experts_is_proven_and_exported_as_peft_computes_it(tmp_pat
 def test_the_implementation_that_the_user_names_is_used_but_in_float64(tmp_path: Path) -> None:
     adapted(mixture(), tmp_path, target_modules=["q_proj", "v_proj"])
     checkpoint = rx.read(tmp_path / "adapter", base=f"hf:{tmp_path / 'base'}?experts_implementation=eager")
-    with pytest.raises(FusionError, match=r"torch\.export cannot capture"):  # eager is a loop over numbers
+    with pytest.raises(FusionError, match=r"cannot be captured by torch\.export"):  # eager is a loop over numbers
         rx.verify(checkpoint, rx.fuse(checkpoint))
 
 
@@ -103,3 +104,33 @@ def test_what_a_module_returns_from_eval_is_not_relied_on() -> None:
     assert layer.eval() is None
     layer.train()
     assert torch.allclose(rx.fuse_module(layer)(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("forward", "said"),
+    [
+        (
+            "self.fc(x) if x.dtype == torch.float32 else {}['of mine']",
+            "Net cannot be run in float64: KeyError: 'of mine'",
+        ),
+        ("self.fc(x) * len(set(x[:, 0].tolist()))", "Net: its graph cannot be captured by torch.export: GuardOn"),
+        (
+            "self.fc(x) if not hasattr(self, 'copied') else 1 / 0",
+            "Net cannot be copied: ZeroDivisionError: division by zero",
+        ),
+    ],
+)
+def test_a_model_that_fails_in_one_step_is_named_with_the_step(tmp_path: Path, forward: str, said: str) -> None:
+    layers = "self.fc = Linear(6, 4)" + ("; self.copied = Uncopied()" if "copied" in forward else "")
+    base = own_model(tmp_path, layers, forward.replace(" if not hasattr(self, 'copied') else 1 / 0", ""))
+    (tmp_path / "net.py").write_text(
+        "class Uncopied:\n    def __deepcopy__(self, memo):\n        return 1 / 0\n" + (tmp_path / "net.py").read_text()
+    )
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((2, 6, 1), (6, 1, 1)))
+    torch.save({"fc.adapter.conv_A.weight": a, "fc.adapter.conv_B.weight": b}, tmp_path / "c.pt")
+    checkpoint = rx.read(tmp_path / "c.pt", base, inputs=["x=batch,6:float32"])
+    with pytest.raises(FusionError) as caught:
+        rx.verify(checkpoint, rx.fuse(checkpoint))
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)

@@ -19,6 +19,7 @@ width) float32, or what --input says. Outputs: every tensor of the model's outpu
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 import warnings
@@ -26,6 +27,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reparam_export.calls import foreign
 from reparam_export.errors import (
     CheckpointError,
     MissingBackendError,
@@ -77,9 +79,14 @@ def skeleton(base: Base) -> nn.Module:
     import torch
 
     place, keywords = split_argument(base.spec.partition(":")[2])
-    with _quiet(), torch.device("meta"):
+    with _quiet():
         config, model_class, _ = _configured(_file(place, "config.json", base).parent, keywords, base)
-        model = model_class(config)
+        try:
+            with torch.device("meta"):
+                model = model_class(copy.deepcopy(config))
+        except Exception:  # some constructors compute with numbers
+            with foreign(f"base {base.spec!r}: {model_class.__name__}", "built from its config.json", CheckpointError):
+                model = model_class(config)
         model.tie_weights()
     return model  # type: ignore[no-any-return]
 

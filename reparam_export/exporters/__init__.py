@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.errors import EquivalenceError, UsageError
+from reparam_export.calls import foreign
+from reparam_export.errors import EquivalenceError, ExportError, UsageError
 from reparam_export.exporters.artifact import Artifact
 from reparam_export.files import exported_sha256
 from reparam_export.fusion import DTYPES
@@ -195,7 +196,8 @@ def lower(source: Path, path: Path, reference: Reference, options: Options) -> t
     from reparam_export.exporters import precision
 
     sample = {name: _numpy(tensor[:2]) for name, tensor in reference.inputs.items()}
-    return precision.lower(source, path, options.precision, samples=[sample], external=options.external)  # type: ignore[arg-type]
+    with foreign(source.name, f"lowered to {options.precision}", ExportError):
+        return precision.lower(source, path, options.precision, samples=[sample], external=options.external)  # type: ignore[arg-type]
 
 
 def lowered_floors(

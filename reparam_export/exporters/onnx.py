@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.calls import experts
+from reparam_export.calls import experts, foreign
 from reparam_export.errors import ExportError, MissingBackendError, UsageError
 from reparam_export.exporters._differences import differences as differences
 from reparam_export.exporters._files import placed
@@ -52,7 +52,7 @@ def write(
     from reparam_export.exporters._lean import lean
 
     graph = _traced(model, signature, example, opset)
-    with _quiet():
+    with _quiet(), foreign(f"the ONNX graph of {type(model).__name__}", "simplified by onnxscript", ExportError):
         read = lean(graph, model.state_dict().keys())
     unused = [names[0] for names in _distinct(model) if not read & set(names)]
     graph.metadata_props.update({**(metadata or {}), "unused": json.dumps(unused)})

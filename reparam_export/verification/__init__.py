@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reparam_export.assembly import adapted, base_of, fused, opened, place, settled
+from reparam_export.calls import copied, foreign
 from reparam_export.checkpoints import Adapter, Checkpoint, by_site, components
 from reparam_export.errors import EquivalenceError
 from reparam_export.fit import touched_module
@@ -188,8 +188,9 @@ def prove_outputs(
     import torch
 
     def unfused(dtype: torch.dtype) -> nn.Module:
-        whole = place(copy.deepcopy(base), checkpoint.replaced)  # as they were trained, not in the base's dtypes
-        return adapted(whole, checkpoint.adapters, dtype)
+        whole = place(copied(base), checkpoint.replaced)  # as they were trained, not in the base's dtypes
+        with foreign(type(base).__name__, f"cast to {str(dtype).removeprefix('torch.')} with its adapters in it"):
+            return adapted(whole, checkpoint.adapters, dtype)
 
     dtype = storage_dtype(weights)
     reference_model = unfused(torch.float64)
@@ -203,7 +204,7 @@ def prove_outputs(
     reference = Reference(given, truth, floors, str(dtype).removeprefix("torch."), signature.axes)
     check_apart(reference_model, signature, reference)
     running = running_dtype(weights)
-    model = fused(copy.deepcopy(base), weights.tensors).to(running)
+    model = fused(copied(base), weights.tensors).to(running)
     outputs: list[OutputEvidence] = []
     for batch in dict.fromkeys((*BATCHES, reference.samples)):
         outputs += compare(
@@ -342,7 +343,7 @@ def _graph(base: nn.Module, weights: FusedWeights, signature: Signature, given: 
     cast = {
         name: state[name].to(t.dtype) if name in state else torch.zeros_like(t) for name, t in weights.tensors.items()
     }
-    models = [fused(copy.deepcopy(base), tensors) for tensors in (cast, weights.tensors)]
+    models = [fused(copied(base), tensors) for tensors in (cast, weights.tensors)]
     if len({t.dtype for t in weights.tensors.values() if t.is_floating_point()}) > 1:  # a model is called in one dtype
         models = [model.to(running_dtype(weights)) for model in models]
     return compare_graphs(models[0], models[1], signature, given, weights.created)

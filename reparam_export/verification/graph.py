@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.calls import experts
-from reparam_export.errors import FusionError
+from reparam_export.calls import experts, foreign
 from reparam_export.models import Signature, float_dtype, plain
 from reparam_export.verification.certificate import GraphEvidence
 
@@ -61,13 +60,14 @@ def capture(model: nn.Module, signature: Signature, example: tuple[Tensor, ...])
     """The nodes of the exported graph. Raises FusionError when torch cannot capture the model."""
     import torch
 
-    try:
-        with warnings.catch_warnings(), torch.no_grad(), experts(model, "capture", signature.experts):
-            warnings.simplefilter("ignore")
-            return list(torch.export.export(plain(model, signature), example, strict=False).graph.nodes)
-    except Exception as error:  # torch.export raises its own and Python's errors alike
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise FusionError(f"torch.export cannot capture the model's graph: {type(error).__name__}: {first}") from error
+    with (
+        foreign(f"{type(model).__name__}: its graph", "captured by torch.export"),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        experts(model, "capture", signature.experts),
+    ):
+        warnings.simplefilter("ignore")
+        return list(torch.export.export(plain(model, signature), example, strict=False).graph.nodes)
 
 
 def describe(nodes: Sequence[Any]) -> list[str]:
@@ -106,7 +106,13 @@ def multiply_adds(model: nn.Module, signature: Signature, example: tuple[Tensor,
     from torch.utils.flop_counter import FlopCounterMode
 
     own = experts(model, "capture", signature.experts)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), own:
+    with (
+        foreign(type(model).__name__, "run while its multiply-adds are counted"),
+        torch.no_grad(),
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+        own,
+    ):
         plain(model, signature)(*example)
     return int(counter.get_total_flops()) // 2
 
