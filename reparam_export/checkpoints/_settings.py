@@ -36,7 +36,7 @@ class Settings:
     def number(self, name: str, *, found_in: str) -> float:
         """A finite number. Raises MissingSettingError, or UsageError when it is not one."""
         if name not in self.values:
-            self._miss(
+            self.miss(
                 f"the checkpoint does not hold the {name}; it is found in {found_in}; "
                 f"pass that file with --config FILE, or the value with --set {name}=VALUE"
                 + (f" (you gave {', '.join(sorted(self.given))})" if self.given else ""),
@@ -66,6 +66,7 @@ class Settings:
     def flag(self, name: str) -> bool:
         """Yes or no; no where it is not given. Raises UsageError for another value."""
         value = self.values.get(name, False)
+        value = {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
         if not isinstance(value, bool):
             raise UsageError(f"setting {name}: expected true or false, found {_shown(value)}")
         if name in self.values:
@@ -82,9 +83,7 @@ class Settings:
         """One of the options; the first while inspecting. Raises MissingSettingError, or UsageError for another value."""
         if name not in self.values:
             option = f"--set {name}={'|'.join(options)}"
-            self._miss(
-                f"{why}; say which one with {option}", setting=name, found_in="what was evaluated", option=option
-            )
+            self.miss(f"{why}; say which one with {option}", setting=name, found_in="what was evaluated", option=option)
             return options[0]
         value = self.values[name]
         if value not in options:
@@ -95,7 +94,7 @@ class Settings:
     def layer_paths(self, layers: Sequence[str], *, found_in: str) -> list[Choice | None]:
         """One path choice per layer, matched by name or, for a plain list, by order. None for each while inspecting."""
         if self.paths is None:
-            self._miss(
+            self.miss(
                 "the checkpoint does not say which path each GLoRA layer takes, and without it the trained supernet has "
                 f"no defined output; it is found in {found_in}; pass it with --config FILE (the evolution "
                 "checkpoint, or a JSON/YAML list of {A, B, C, D, E} per layer)",
@@ -139,7 +138,8 @@ class Settings:
                 f"{self._names()}: holds GLoRA paths, but no layer of this {format_name} checkpoint has one to choose; leave it out"
             )
 
-    def _miss(self, message: str, **fields: str) -> None:
+    def miss(self, message: str, **fields: str) -> None:
+        """A setting that decides the result is not there: raises MissingSettingError, and collects it while inspecting."""
         error = MissingSettingError(message, **fields)
         if not self.lenient:
             raise error

@@ -14,6 +14,7 @@ from reparam_export.errors import CheckpointError, TensorMismatchError
 from reparam_export.files import (
     PICKLES,
     flat_tensors,
+    is_tensor,
     load_pickle,
     load_safetensors,
     plain_tensors,
@@ -132,6 +133,10 @@ def open_source(
 def _state(file: Path, loaded: Any, settings: Settings) -> dict[str, Tensor]:
     """What a training script saved, as tensors: of the only state dict, or of the one that the user chose. Raises MissingSettingError."""
     found = state_dicts(loaded)
+    if not found and isinstance(loaded, Mapping) and "metadata" in loaded:  # CLIP-LoRA: by layer, by projection
+        leaves = _leaves(loaded.get("weights"))
+        if leaves is not None:
+            return leaves
     if len(found) < 2:
         return flat_tensors(file, loaded)
     average = (
@@ -139,6 +144,19 @@ def _state(file: Path, loaded: Any, settings: Settings) -> dict[str, Tensor]:
     )
     why = f"{file}: the checkpoint holds {average}; which one was evaluated decides what the result is"
     return plain_tensors(found[settings.choice("weights", list(found), why=why)])
+
+
+def _leaves(nested: Any, depth: int = 4) -> dict[str, Tensor] | None:
+    """Mappings of mappings of tensors as one, by dotted names; None for anything else."""
+    if not isinstance(nested, Mapping) or not nested or not depth:
+        return None
+    found: dict[str, Tensor] = {}
+    for key, value in nested.items():
+        inner = {"": value} if is_tensor(value) else _leaves(value, depth - 1)
+        if inner is None or not isinstance(key, str):
+            return None
+        found |= {f"{key}.{name}".removesuffix("."): tensor for name, tensor in inner.items()}
+    return plain_tensors(found)
 
 
 def weights_file(path: Path) -> Path:
