@@ -184,6 +184,7 @@ def save_proof(folder: Path, certificate: Certificate, model: VerifiedModel | No
                 "sha256": sha256(folder / REFERENCE),
                 "floors": dict(model.reference.floors),
                 "dtype": model.reference.dtype,
+                "moved": dict(model.reference.moved),
             }
         }
     write_json(folder / PROOF, certificate.to_json() | extra)
@@ -242,6 +243,7 @@ def load_proof(folder: Path, *, again: bool = True) -> VerifiedModel:
         floors=saved["floors"],
         dtype=saved["dtype"],
         axes=signature.axes,
+        moved={name: float(value) for name, value in saved.get("moved", {}).items()},
     )
     return VerifiedModel(checkpoint, weights, signature, reference, certificate)
 

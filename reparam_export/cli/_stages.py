@@ -194,6 +194,7 @@ def verify_stage(
     from reparam_export import verify as prove
     from reparam_export.folder import load_fused, save_proof
     from reparam_export.refuted import on_trial
+    from reparam_export.report.statement import vacuity
     from reparam_export.verification.certificate import Certificate
 
     check_model_fits(folder)
@@ -206,6 +207,11 @@ def verify_stage(
                 save_proof(folder, error.evidence, None)
             raise
         save_proof(folder, model.certificate, model)
+    for name in model.certificate.vacuous:
+        output = max((o for o in model.certificate.outputs if o.output == name), key=lambda o: o.moved or 0.0)
+        console.line(
+            f"note: output {name} proves nothing: {vacuity(output)}. Give samples that it reaches with --inputs"
+        )
     for name in model.certificate.unexercised:
         console.line(f"note: no output depends on {name}; it is proven by its weights alone")
     witness_lines(console, model.certificate.witness)

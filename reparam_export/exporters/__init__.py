@@ -137,11 +137,17 @@ def to_onnx(model: VerifiedModel, folder: Path, options: Options) -> Artifact:
         kept_fp32=kept,
         details={
             **graph,
-            "graph": "identical to the base's",
+            "graph": _identical(model),
             "renamed_outputs": dict(renamed),
             "seconds": round(time.perf_counter() - started, 2),
         },
     )
+
+
+def _identical(model: VerifiedModel) -> str:
+    """What an exported graph without a difference is said to be."""
+    added = len(model.certificate.graph.added)
+    return f"identical to the base's{f', but for {added} added tensors that the report lists' if added else ''}"
 
 
 def write_fp32(module: nn.Module, model: VerifiedModel, path: Path, options: Options) -> None:
@@ -176,18 +182,23 @@ def provenance(model: VerifiedModel) -> dict[str, str]:
 
 
 def graph_differences(model: VerifiedModel, fused: Path, scratch: Path, options: Options) -> list[str]:
-    """Differences of the exported graph from that of the exported base (with zeros where folding created a bias)."""
+    """Differences of the exported graph from that of the exported base, with what folding had to add: zeros for a created bias, and
+    tensors of their own for those that it untied."""
     import torch
 
     from reparam_export.assembly import fused as assembled
     from reparam_export.assembly import opened
     from reparam_export.exporters.onnx import differences
+    from reparam_export.verification import state_for, untied
 
     base = opened(model.checkpoint)[0]
-    zeros = {name: torch.zeros_like(model.weights[name]) for name in model.weights.created}
+    added = {name: torch.zeros_like(model.weights[name]) for name in model.weights.created}
+    state = state_for(base, model.weights)
+    for pair in untied(base, model.weights).items():
+        added |= {name: state[name].clone() for name in pair}
     path = scratch / "base" / "model.onnx"
     path.parent.mkdir()
-    write_fp32(assembled(base, zeros), model, path, options)
+    write_fp32(assembled(base, added), model, path, options)
     return differences(path, fused)
 
 
@@ -229,7 +240,8 @@ def stored_reference(model: VerifiedModel) -> Reference:
     exact = run(copy.deepcopy(model.module()).double(), model.signature, inputs, torch.float64)
     truth = dict(zip(names, exact, strict=True))
     single = run(copy.deepcopy(model.module()).float(), model.signature, inputs, torch.float32)
-    return Reference(inputs, truth, measure_floors(truth, single), "float32", model.signature.axes)
+    floors = measure_floors(truth, single)
+    return Reference(inputs, truth, floors, "float32", model.signature.axes, model.reference.moved)
 
 
 def run_onnx(

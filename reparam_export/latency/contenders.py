@@ -23,6 +23,7 @@ from reparam_export.fusion import DTYPES
 from reparam_export.latency.measurement import Contest, Size, Structure
 from reparam_export.latency.rounds import Models
 from reparam_export.latency.unfused import recomputes, unfused
+from reparam_export.verification import untied
 from reparam_export.verification.graph import multiply_adds, parameters, stored_bytes
 
 if TYPE_CHECKING:
@@ -84,9 +85,8 @@ def lineup(folder: Path, model: VerifiedModel, precision: str | None, scratch: P
             notes.append(f"the unfused model is not timed: {error}")
             continue
         sizes.append(Size(which, *file_facts(files[which]), *stored, _multiply_adds(module, model)))
-    structure = Structure(
-        tuple(sizes), tuple(differences(files["base"], files["fused"])[:SHOWN]), tuple(model.weights.created)
-    )
+    added = (*model.weights.created, *untied(opened(model.checkpoint)[0], model.weights))
+    structure = Structure(tuple(sizes), tuple(differences(files["base"], files["fused"])[:SHOWN]), added)
     others = tuple(which for which in files if which == "adapted")
     contest = Contest("base", AGAIN, "fused", others)
     of = {which: "base" if which == AGAIN else which for which in contest.models}

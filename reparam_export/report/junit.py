@@ -17,6 +17,7 @@ from reparam_export.report.statement import (
     layer_failure,
     output_failure,
     ran_sentence,
+    vacuity,
     verdict,
 )
 from reparam_export.verification.certificate import Certificate, LayerEvidence, OutputEvidence
@@ -98,6 +99,10 @@ def _output_case(output: OutputEvidence) -> Case:
         f"error {number(output.error)}, noise floor {number(output.floor)}, bound {number(output.bound)}, "
         f"magnitude {number(output.magnitude)}, {plural(output.samples, 'sample')} in {output.dtype}"
     )
+    if output.moved is not None:
+        measured += f", moved by the adapter {number(output.moved)}"
+    if output.vacuous:
+        measured += f"; proves nothing: {vacuity(output)}"
     failed = "" if output.passed else output_failure(output)
     return f"{output.model}: {output.output}, batch {output.batch}", measured, failed
 

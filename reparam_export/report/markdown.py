@@ -11,7 +11,15 @@ from reparam_export.report import latency, witness
 from reparam_export.report.evidence import Evidence
 from reparam_export.report.measured import Measured
 from reparam_export.report.numbers import count, number, percent, plural, quantity, signed, size
-from reparam_export.report.statement import checkpoint_facts, failures, headline, ran_sentence, same_class, verdict
+from reparam_export.report.statement import (
+    checkpoint_facts,
+    failures,
+    headline,
+    moved,
+    ran_sentence,
+    same_class,
+    verdict,
+)
 from reparam_export.verification.certificate import Certificate, GraphEvidence, LayerEvidence
 from reparam_export.verification.survival import least, overall
 
@@ -122,12 +130,13 @@ def _output_table(evidence: Evidence) -> str:
             number(output.error),
             number(output.floor),
             number(output.bound),
+            moved(output),
             same_class(output),
-            "passed" if output.passed else "**failed**",
+            "**failed**" if not output.passed else "proves nothing" if output.vacuous else "passed",
         )
         for output in evidence.outputs
     ]
-    head = ("model", "output", ">batch", ">error", ">noise floor", ">bound", ">same class", "")
+    head = ("model", "output", ">batch", ">error", ">noise floor", ">bound", ">moved by the adapter", ">same class", "")
     return table(head, rows) if rows else ""
 
 

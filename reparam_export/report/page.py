@@ -15,9 +15,11 @@ from reparam_export.report.statement import (
     checkpoint_facts,
     failures,
     headline,
+    moved,
     ran_sentence,
     same_class,
     share_of_bound,
+    vacuity,
     verdict,
     worst_entry,
     worst_output,
@@ -80,6 +82,8 @@ def _context(evidence: Evidence) -> dict[str, Any]:
         "ran_sentence": ran_sentence,
         "worst_entry": worst_entry,
         "same_class": same_class,
+        "moved": moved,
+        "vacuity": vacuity,
         "audit_rows": _audit_rows,
         "provenance": _provenance(evidence),
         "operators": sorted(certificate.graph.operators.items(), key=lambda item: -item[1]) if certificate else [],
@@ -142,8 +146,10 @@ def _proof_tiles(certificate: Certificate, evidence: Evidence) -> list[Tile]:
     if output is not None:
         passed = all(each.passed for each in evidence.outputs)
         share = f"{numbers.number(share_of_bound(output))} of its bound" if passed else "beyond its bound"
-        note = f"{output.model}, {share}"
-        tiles.append(Tile("Output error", numbers.number(output.error), note, "good" if passed else "bad"))
+        why = "proves nothing: the plain base would pass as well"
+        note = f"{output.model}, {share}" if certificate.outputs_prove else why
+        tone = ("good" if certificate.outputs_prove else "warn") if passed else "bad"
+        tiles.append(Tile("Output error", numbers.number(output.error), note, tone))
     tiles += [_witness_tile(certificate.witness), _kept_tile(layers, certificate.survival)]
     added = graph.nodes_fused - graph.nodes_base
     weight = numbers.size(graph.bytes_fused - graph.bytes_base)

@@ -46,7 +46,8 @@ def headline(evidence: Evidence) -> str:
         _kept_sentence(certificate),
         witness.sentence(certificate.witness),
     ]
-    return f"Proven: {'; '.join(part for part in parts if part)}"
+    start = "Proven" if certificate.outputs_prove else "Proven by its weights alone"
+    return f"{start}: {'; '.join(part for part in parts if part)}"
 
 
 def _kept_sentence(certificate: Certificate) -> str:
@@ -117,6 +118,21 @@ def output_failure(output: OutputEvidence) -> str:
         f"output {output.output} of {output.model} at batch {output.batch}: error {number(output.error)}, "
         f"bound {number(output.bound)}, noise floor {number(output.floor)}"
     )
+
+
+def vacuity(output: OutputEvidence) -> str:
+    """Why an output that passed proves nothing."""
+    if output.magnitude == 0:
+        return f"{output.output} is 0 for every sample, with the adapter and without"
+    if output.moved == 0:
+        return f"the adapter does not move {output.output} on these samples"
+    by = f"by {number(output.moved)} on these samples, the bound is {number(output.bound)}"
+    return f"the adapter moves {output.output} {by}: the plain base would pass as well"
+
+
+def moved(output: OutputEvidence) -> str:
+    """How far the adapter moves an output."""
+    return "–" if output.moved is None else number(output.moved)
 
 
 def same_class(output: OutputEvidence) -> str:
@@ -209,6 +225,8 @@ def _output_sentence(certificate: Certificate) -> str:
     output = worst_output(certificate.outputs)
     if output is None:
         return "no output was compared"
+    if not certificate.outputs_prove:
+        return f"its outputs prove nothing: {vacuity(max(certificate.outputs, key=lambda o: o.moved or 0.0))}"
     return f"{output.model} output error {number(output.error)}, bound {number(output.bound)}"
 
 

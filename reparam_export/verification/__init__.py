@@ -24,7 +24,15 @@ from reparam_export.verification.certificate import (
     OutputEvidence,
 )
 from reparam_export.verification.graph import compare_graphs
-from reparam_export.verification.outputs import Reference, check_apart, compare, first_parting, measure_floors, run
+from reparam_export.verification.outputs import (
+    Reference,
+    check_apart,
+    compare,
+    distance,
+    first_parting,
+    measure_floors,
+    run,
+)
 from reparam_export.verification.survival import overall
 from reparam_export.verification.weights import EXHAUSTIVE_LIMIT, prove_carried, prove_layer, uncovered
 from reparam_export.verification.witness import Subject, check_mode, hear
@@ -198,11 +206,13 @@ def prove_outputs(
     modules = list(dict.fromkeys(adapter.module for adapter in checkpoint.adapters))
     idle = tuple(n for n in modules if not getattr(reference_model.get_submodule(n), "calls", 1))
     truth = dict(zip(signature.outputs, exact, strict=True))
+    moved = _moved(base, checkpoint, signature, given, truth)
     noisy = run(unfused(dtype), signature, given, dtype)
     _check_repeatable(checkpoint, noisy, run(unfused(dtype), signature, given, dtype))
     floors = measure_floors(truth, noisy)
-    reference = Reference(given, truth, floors, str(dtype).removeprefix("torch."), signature.axes)
+    reference = Reference(given, truth, floors, str(dtype).removeprefix("torch."), signature.axes, moved)
     check_apart(reference_model, signature, reference)
+    del reference_model
     running = running_dtype(weights)
     model = fused(copied(base), weights.tensors).to(running)
     outputs: list[OutputEvidence] = []
@@ -215,6 +225,24 @@ def prove_outputs(
         models = (unfused(torch.float64), unfused(dtype), model)
         layer = first_parting(models, (torch.float64, dtype, running), signature, given, modules)
     return reference, tuple(outputs), layer, idle
+
+
+def _moved(
+    base: nn.Module,
+    checkpoint: Checkpoint,
+    signature: Signature,
+    given: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """How far the adapters move each output: from the plain model with the same whole tensors, or, of a checkpoint that has nothing but
+    these, from the model without them."""
+    import torch
+
+    plain = base_of(settled(checkpoint)).build()[0] if not checkpoint.adapters else copied(base)
+    if checkpoint.adapters:
+        plain = place(plain, checkpoint.replaced)
+    found = run(plain.to(torch.float64), signature, given, torch.float64)
+    return {name: distance(tensor, truth[name]) for name, tensor in zip(signature.outputs, found, strict=True)}
 
 
 def _check_repeatable(checkpoint: Checkpoint, once: Sequence[Tensor], again: Sequence[Tensor]) -> None:
@@ -331,8 +359,13 @@ def _inputs(
 
 def state_for(base: nn.Module, weights: FusedWeights) -> dict[str, Tensor]:
     """The base's tensors by name, each tied one once; under its other name too where the fused weights tell the two apart."""
-    state, aliases = own_state(base)
-    return state | {name: state[holder] for name, holder in aliases.items() if name in weights.tensors}
+    state, _ = own_state(base)
+    return state | {name: state[holder] for name, holder in untied(base, weights).items()}
+
+
+def untied(base: nn.Module, weights: FusedWeights) -> dict[str, str]:
+    """Names that are one tensor with another in the base, and tensors of their own in the fused weights -> that other."""
+    return {name: holder for name, holder in own_state(base)[1].items() if name in weights.tensors}
 
 
 def _graph(base: nn.Module, weights: FusedWeights, signature: Signature, given: Mapping[str, Tensor]) -> GraphEvidence:
@@ -346,7 +379,7 @@ def _graph(base: nn.Module, weights: FusedWeights, signature: Signature, given: 
     models = [fused(copied(base), tensors) for tensors in (cast, weights.tensors)]
     if len({t.dtype for t in weights.tensors.values() if t.is_floating_point()}) > 1:  # a model is called in one dtype
         models = [model.to(running_dtype(weights)) for model in models]
-    return compare_graphs(models[0], models[1], signature, given, weights.created)
+    return compare_graphs(models[0], models[1], signature, given, weights.created, untied(base, weights))
 
 
 def _carried(base: nn.Module, checkpoint: Checkpoint, weights: FusedWeights) -> CarriedEvidence:

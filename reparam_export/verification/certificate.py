@@ -77,6 +77,12 @@ class OutputEvidence:
     differing: int = 0  # predictions that are not
     margin: float | None = None  # of those: how far apart the two classes are in the reference, at most
     passed: bool = False
+    moved: float | None = None  # max |reference - plain base|: what the adapter does to this output; None: not measured
+
+    @property
+    def vacuous(self) -> bool:
+        """Would the plain base pass as well? Then this output tells nothing of the adapter, which does not reach it on these samples."""
+        return self.passed and self.moved is not None and self.moved <= self.bound
 
 
 @dataclass(frozen=True)
@@ -156,9 +162,21 @@ class Certificate:
             return "wrong"
         return "exact" if all(layer.verdict == "exact" for layer in self.layers) else "rounded"
 
+    @property
+    def vacuous(self) -> tuple[str, ...]:
+        """Outputs that prove nothing, since the plain base would pass as well."""
+        names = dict.fromkeys(o.output for o in self.outputs)
+        return tuple(name for name in names if all(o.vacuous for o in self.outputs if o.output == name))
+
+    @property
+    def outputs_prove(self) -> bool:
+        """Does any output tell the adapted model from the plain base? Where none does, the weights alone are proven."""
+        return not self.outputs or len(self.vacuous) < len({o.output for o in self.outputs})
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; what ``verification.json`` holds."""
-        return {"verdict": self.verdict, **asdict(self)}
+        proven = {"outputs_prove": self.outputs_prove, "vacuous": list(self.vacuous)}
+        return {"verdict": self.verdict, **proven, **asdict(self)}
 
 
 def from_json(content: dict[str, Any]) -> Certificate:

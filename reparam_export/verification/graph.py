@@ -22,9 +22,17 @@ SHOWN = 5  # differences listed
 
 
 def compare_graphs(
-    base: nn.Module, fused: nn.Module, signature: Signature, inputs: Mapping[str, Tensor], created: Sequence[str]
+    base: nn.Module,
+    fused: nn.Module,
+    signature: Signature,
+    inputs: Mapping[str, Tensor],
+    created: Sequence[str],
+    untied: Mapping[str, str] | None = None,
 ) -> GraphEvidence:
-    """base: the plain base, where each created bias stands as zeros. Both modules are left as they were."""
+    """base: the plain base, where each created bias stands as zeros, and each untied tensor on its own. Both are left as they were.
+
+    untied: names that are tensors of their own now -> the tensor that each was one with.
+    """
     example = tuple(_cast(inputs[i.name][:1], base) for i in signature.inputs)
     captured = [capture(model, signature, example) for model in (base, fused)]
     lines = [describe(nodes) for nodes in captured]
@@ -34,8 +42,9 @@ def compare_graphs(
     sizes = {name: tuple(tensor.shape) for name, tensor in fused.state_dict().items()}
     created = [name for name in created if name in sizes]
     added = [f"{name} {sizes[name]}: a bias that the base does not have" for name in created]
-    extra = sum(fused.get_parameter(name).numel() for name in created)
-    extra_bytes = sum(fused.get_parameter(n).numel() * fused.get_parameter(n).element_size() for n in created)
+    added += [f"{name} {sizes[name]}: one tensor with {holder} in the base" for name, holder in (untied or {}).items()]
+    new = [fused.get_parameter(name) for name in (*created, *(untied or {}))]
+    extra, extra_bytes = sum(p.numel() for p in new), sum(p.numel() * p.element_size() for p in new)
     return GraphEvidence(
         nodes_base=len(lines[0]),
         nodes_fused=len(lines[1]),

@@ -5,7 +5,8 @@
     bound      MULTIPLE x max(floor, u max|reference|), u the unit roundoff of that precision
 
 Two runs of one network that differ in the order of their roundings are each about one floor away from the truth; three bits more
-than that is no longer rounding. A bound as large as the outputs themselves decides nothing, and is refused.
+than that is no longer rounding. A bound as large as the outputs themselves decides nothing, and is refused. An output that the adapter
+moves by no more than the bound decides nothing either, since the plain base would pass: it is named as vacuous.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Reference:
     floors: Mapping[str, float]
     dtype: str  # the storage precision that the floors belong to
     axes: Mapping[str, Axes] = field(default_factory=dict)  # of outputs that are not one row a sample
+    moved: Mapping[str, float] = field(default_factory=dict)  # how far the adapter takes each output from the base's
 
     @property
     def samples(self) -> int:
@@ -183,6 +185,7 @@ def _evidence(
         differing=len(margins),
         margin=float(margins.max()) if len(margins) else None,
         passed=passes(error, floor, bound, _largest(expected)),
+        moved=reference.moved.get(name),
     )
 
 

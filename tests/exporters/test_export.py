@@ -260,3 +260,53 @@ def test_an_output_that_is_called_as_an_input_gets_a_name_of_its_own(tmp_path: P
     assert np.abs(found["out_x"] - expected.numpy() ** 2).max() < 1e-4
     assert artifact.details["renamed_outputs"] == {"out_out_x": "x"}
     assert "output x is called out_out_x" in artifact.note
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("target", ["wte", "lm_head"])
+def test_what_untying_adds_is_listed_and_is_no_difference(tmp_path: Path, target: str) -> None:
+    """GPT-2, whose ONNX graph has a node more once head and embeddings are two tensors; against peft's own forward in float64."""
+    import peft
+    import transformers
+    from test_cli import run
+
+    torch.manual_seed(0)
+    base = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=60, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    )
+    base.save_pretrained(tmp_path / "base")
+    given = peft.LoraConfig(r=4, lora_alpha=10, target_modules=[target, "c_attn"], fan_in_fan_out=True)
+    model = peft.get_peft_model(base, given)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "out"
+    words = (
+        "convert",
+        tmp_path / "adapter",
+        "--base",
+        f"hf:{tmp_path / 'base'}",
+        "--to",
+        "onnx",
+        "--batch",
+        "1:1:2",
+        "-o",
+        out,
+    )
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    graph = json.loads((out / "verification.json").read_text())["graph"]
+    assert graph["added"] == ["lm_head.weight (60, 32): one tensor with transformer.wte.weight in the base"]
+    assert graph["bytes_fused"] - graph["bytes_base"] == 60 * 32 * 4
+    assert graph["parameters_fused"] - graph["parameters_base"] == 60 * 32
+    (artifact,) = json.loads((out / "artifact.json").read_text())["artifacts"]
+    assert artifact["details"]["graph"] == "identical to the base's, but for 1 added tensors that the report lists"
+    assert "graph identical to the base but for 1 addition" in (out / "report.md").read_text()
+    ids = torch.randint(60, (3, 11))
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": np.ones((3, 11), np.int64)})[0]
+    with torch.no_grad():
+        expected = model.double().eval()(input_ids=ids).logits.numpy()
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()

@@ -64,7 +64,7 @@ def test_markdown_starts_with_the_verdict_and_folds_the_rest(tmp_path: Path) -> 
     text = write_report(write(tmp_path, proof=certificate(), artifacts=[artifact()])).markdown.read_text("utf-8")
     assert text.startswith("### ✅ Proven: all 24 layers exact")
     assert text.count("<details>") == text.count("</details>") == 3
-    assert "| `fused` | `logits` | 1 | 3.1e-7 | 4.2e-7 | 1.6e-6 | 100 % | passed |" in text
+    assert "| `fused` | `logits` | 1 | 3.1e-7 | 4.2e-7 | 1.6e-6 | – | 100 % | passed |" in text
     assert "Run here against the reference" in text
     assert WEIGHTS in text
     assert "all 24 are in `report.html`" in text
