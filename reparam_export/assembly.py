@@ -20,6 +20,7 @@ from reparam_export.layouts import affine_of, layout_of, outputs_of, readers_of_
 from reparam_export.models import Base, Signature, parse_input
 from reparam_export.names import Own
 from reparam_export.naming import named
+from reparam_export.ties import apart_of, check_known, copies_apart, groups_of, second_names, untie
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +56,17 @@ def opened(checkpoint: Checkpoint) -> tuple[nn.Module, Signature, Checkpoint]:
     module, signature = base_of(checkpoint).build()
     checkpoint = settled(checkpoint, module)
     check_trained_on(checkpoint, dict(module.named_parameters(remove_duplicate=False)).get)
+    module, untied = whole(module, checkpoint)
+    return module, signature, replace(bound(checkpoint, module), untied=untied)
+
+
+def whole(module: nn.Module, checkpoint: Checkpoint) -> tuple[nn.Module, tuple[str, ...]]:
+    """The base with the checkpoint's whole tensors in place and what it unties untied, and the names with a tensor of their own now."""
+    check_known(module, checkpoint)
+    apart = apart_of(checkpoint)
+    copies = untie(module, lambda names: apart(names) if copies_apart(checkpoint, names) else [])
     module = with_replaced(module, checkpoint)
-    return module, signature, bound(checkpoint, module)
+    return module, (*copies, *untie(module, apart))
 
 
 def settled(checkpoint: Checkpoint, module: nn.Module | None = None) -> Checkpoint:
@@ -161,10 +171,7 @@ def place(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def tied_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
     """For each name of a parameter that has several (tied embeddings): all of its names."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name: tuple(group) for group in names.values() if len(group) > 1 for name in group}
+    return {name: tuple(group) for group in groups_of(module) for name in group}
 
 
 def with_replaced(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
@@ -174,7 +181,8 @@ def with_replaced(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         name: tensor.to(state[name].dtype) if name in state and state[name].is_floating_point() else tensor
         for name, tensor in checkpoint.replaced.items()
     }
-    return place(module, cast)
+    again = second_names(module, cast)
+    return place(module, {name: tensor for name, tensor in cast.items() if name not in again})
 
 
 def fused(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

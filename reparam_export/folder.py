@@ -108,6 +108,7 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
             changed=own(content["changed"]),
             created=own(content["created"]),
             replaced=own(content["replaced"]),
+            untied=own(content.get("untied", ())),
             aliases=dict(zip(own(content["aliases"]), own(content["aliases"].values()), strict=True)),
             files=files,
             seconds=float(content["seconds"]),

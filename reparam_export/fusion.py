@@ -50,6 +50,7 @@ class FusedWeights(Mapping[str, "Tensor"]):
     changed: tuple[str, ...]  # tensors that an adapter changed
     created: tuple[str, ...]  # biases that the base did not have
     replaced: tuple[str, ...]  # tensors taken whole from the checkpoint
+    untied: tuple[str, ...] = ()  # names that were another name of a tensor and are tensors now
     aliases: Mapping[str, str] = field(default_factory=dict)  # tied names -> the name that holds the tensor
     seconds: float = 0.0
     dtype: str | None = None  # the storage of all; None: as the base's; "auto": each touched layer has its own
@@ -131,6 +132,7 @@ def fuse(checkpoint: Checkpoint, dtype: str | None = None, advance: Advance | No
         changed=tuple(sorted(new)),
         created=tuple(sorted(set(new) - set(state))),
         replaced=tuple(sorted(checkpoint.replaced)),
+        untied=checkpoint.untied,
         aliases=aliases,
         seconds=time.perf_counter() - started,
         dtype=dtype,
@@ -365,6 +367,7 @@ def record(checkpoint: Checkpoint, weights: FusedWeights) -> dict[str, Any]:
         "narrowed": narrowed(
             settled(checkpoint), lambda name: weights[name].dtype.itemsize if name in weights else None
         ),
+        "untied": list(weights.untied),
         "aliases": dict(weights.aliases),
         "bytes": sum(t.numel() * t.element_size() for t in weights.tensors.values()),
         "seconds": round(weights.seconds, 3),

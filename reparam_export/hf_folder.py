@@ -104,6 +104,14 @@ def carried(source: Path) -> list[Path]:
     return found
 
 
+def of_vocabulary(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The config entry for a vocabulary of this size; none where the config says so already."""
+    text = config.get("text_config")
+    if "vocab_size" not in config and isinstance(text, dict) and "vocab_size" in text:
+        return {} if text["vocab_size"] == rows else {"text_config": text | {"vocab_size": rows}}
+    return {} if config.get("vocab_size", rows) == rows else {"vocab_size": rows}
+
+
 def is_known(config: Mapping[str, Any]) -> bool:
     """Is it a model whose structure is written down here?"""
     architecture = next(iter(config.get("architectures") or ()), "")

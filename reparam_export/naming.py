@@ -51,6 +51,7 @@ def named(checkpoint: Checkpoint, own: Own) -> Checkpoint:
             for a in checkpoint.adapters
         ),
         replaced={_name(name, places, own): tensor for name, tensor in checkpoint.replaced.items()},
+        copies=frozenset(_name(name, places, own) for name in checkpoint.copies),
         base_state={_whole(name, reading): tensor for name, tensor in checkpoint.base_state.items()},
         base_digests={_whole(name, reading): digest for name, digest in checkpoint.base_digests.items()},
         notes=(*checkpoint.notes, *([f"{reading.said}: {_example(places)}"] if reading.said else [])),

@@ -9,8 +9,8 @@ The class is ``architectures[0]`` of the config, or what the keyword ``architect
 other classes in the weights are then left out); ``attn_implementation`` is passed on, and so is ``experts_implementation``. Where it is not
 given, a mixture of experts runs as each step needs: ``eager`` in the proofs, ``batched_mm`` where its graph is captured and exported
 (transformers' own ``grouped_mm`` has no float64). Every other keyword must be a field of the config and replaces it. ``num_labels``
-is taken from the classifier that the checkpoint brings when it is not given. Parameters keep the dtype they are stored in. Code that comes
-with a model is never run, and ``HF_HUB_OFFLINE`` is honoured. Needs ``pip install reparam-export[hf]``.
+is taken from the classifier that the checkpoint brings when it is not given, ``vocab_size`` from its embedding. Parameters keep the dtype
+they are stored in. Code that comes with a model is never run, and ``HF_HUB_OFFLINE`` is honoured. Needs ``pip install reparam-export[hf]``.
 
 Inputs: ``input_ids`` and ``attention_mask`` (batch, sequence) int64, or ``pixel_values`` (batch, channels, height,
 width) float32, or what --input says. Outputs: every tensor of the model's output, by its name there.
@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reparam_export.bases._vocabulary import fit_vocabulary
 from reparam_export.calls import foreign
 from reparam_export.errors import (
     CheckpointError,
@@ -222,6 +223,7 @@ def _configured(folder: Path, keywords: dict[str, Any], base: Base) -> tuple[Any
         if not hasattr(config, key):
             raise UsageError(f"base {base.spec!r}: {type(config).__name__} has no field {key!r}; correct the keyword")
         setattr(config, key, value)
+    fit_vocabulary(config, model_class, {n: s for n, s in base.replaced.items() if n not in CLASSIFIERS})
     return config, model_class, options
 
 
@@ -294,7 +296,7 @@ def _load(model_class: Any, config: Any, state: dict[str, Tensor], options: dict
             "check config.json against the weights"
         ) from error
     heads = set() if model_class.__name__ in (config.architectures or ()) else _other_heads(model, state)
-    fresh = _refuse(info, state, base, heads)
+    fresh = _refuse(info, state, base, heads, _known(model, base))
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in fresh:
@@ -323,15 +325,24 @@ def _other_heads(model: Any, state: Mapping[str, Tensor]) -> set[str]:
     return {name for name in state if name.partition(".")[0] not in known}
 
 
-def _refuse(info: Mapping[str, Any], state: Mapping[str, Tensor], base: Base, heads: set[str]) -> set[str]:
+def _known(model: Any, base: Base) -> set[str]:
+    """The names that the checkpoint brings, and those that are tied to them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    brought = {id(parameters[name]) for name in base.replaced if name in parameters}
+    return set(base.replaced) | {name for name, parameter in parameters.items() if id(parameter) in brought}
+
+
+def _refuse(
+    info: Mapping[str, Any], state: Mapping[str, Tensor], base: Base, heads: set[str], known: set[str]
+) -> set[str]:
     """Raise TensorMismatchError unless all fits; the names that only the checkpoint brings, random so far."""
     mismatched = {str(m[0]): (tuple(m[1]), tuple(m[2])) for m in info["mismatched_keys"]}  # name, file's, model's
-    for name in sorted(set(info["missing_keys"]) - set(base.replaced)):
+    for name in sorted(set(info["missing_keys"]) - known):
         raise _mismatch(base, name, "a tensor in the weights", None)
-    for name in sorted(set(mismatched) - set(base.replaced)):
+    for name in sorted(set(mismatched) - known):
         raise _mismatch(base, name, mismatched[name][1], mismatched[name][0])
     for name in sorted(info["unexpected_keys"]):
-        if not (name in base.replaced or name in heads or (name in state and is_constant(name, state[name]))):
+        if not (name in known or name in heads or (name in state and is_constant(name, state[name]))):
             raise _mismatch(base, name, None, tuple(state[name].shape) if name in state else "a tensor")
     return set(info["missing_keys"]) | set(mismatched)
 

@@ -34,6 +34,7 @@ from reparam_export.checkpoints._source import (
     NATIVE,
     Claim,
     Source,
+    alike,
     as_core,
     as_integers,
     as_matrix,
@@ -58,6 +59,7 @@ __all__ = [
     "Recipe",
     "Source",
     "Unbound",
+    "alike",
     "as_core",
     "as_integers",
     "as_matrix",
@@ -189,6 +191,9 @@ class Parts:
     underscored: bool = False  # the adapters' modules are named with _ for the dots
     by_shapes: bool = False  # ``bind`` looks at the names and shapes of the base only, not at its numbers
     task: str | None = None  # peft's task_type
+    copies: frozenset[str] = (
+        frozenset()
+    )  # of ``replaced``: copies beside the base's own, which leave what is tied to these as it is
     bind: Bind | None = (
         None  # where the adapters need the base (its names, its sizes, its numbers): makes them; ``adapters`` stand for them
     )
@@ -217,7 +222,9 @@ class Checkpoint:
     only: bool
     positional: bool
     missing: tuple[MissingSettingError, ...] = ()
+    copies: frozenset[str] = frozenset()  # of ``replaced``, as in Parts
     bind: Bind | None = None  # the adapters of this base, where ``adapters`` only stand for them
+    untied: tuple[str, ...] = ()  # names that it gives tensors of their own on this base
     members: tuple[Checkpoint, ...] = ()  # of a stack, in the order they act
     underscored: bool = False  # the adapters' modules are named with _ for the dots
     by_shapes: bool = False  # ``bind`` looks at the names and shapes of the base only, not at its numbers
@@ -329,6 +336,7 @@ def read(
         only=parts.only,
         positional=given.positional,
         missing=tuple(given.missing),
+        copies=parts.copies,
         bind=parts.bind,
         underscored=parts.underscored,
         by_shapes=parts.by_shapes,

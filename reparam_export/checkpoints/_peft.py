@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.affine import Tensor
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source
-from reparam_export.checkpoints._peft_names import PREFIX, check_matched, of_pattern, targets, unused_targets
+from reparam_export.checkpoints._peft_names import PREFIX, check_matched, of_pattern, part_of, targets, unused_targets
 from reparam_export.checkpoints._peft_tokens import on_every_tie, trained_tokens
 from reparam_export.errors import CheckpointError, FusionError, TensorMismatchError
 
@@ -30,8 +30,8 @@ HARMLESS = frozenset(  # say how it was trained, loaded or saved; the forward of
     )
 )  # fmt: skip
 LORA_LAYER = re.compile(r"\.lora_(?:A(?:\.[^.]+)?\.weight|embedding_A)")
-OUTPUTS = ("lm_head", "embed_out", "output_projection")
-WRAPPERS = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer|ln_tuning_layers)(?=\.)")
+OUTPUTS = ("lm_head", "embed_out", "output_projection", ".token_adapter")
+WRAPPERS = re.compile(r"\.(?:modules_to_save(?:\.default)?|(?:token_adapter\.)?base_layer|ln_tuning_layers)(?=\.)")
 
 
 def of_type(*names: str) -> Callable[[Source], bool]:
@@ -50,7 +50,7 @@ def is_state(source: Source) -> bool:
 
 
 def _below_adapter(name: str, names: Collection[str]) -> bool:
-    """Is it the weight below an adapter? Of embeddings and output layers, a folder may bring it too."""
+    """Is it the weight below an adapter? Of embeddings, trained tokens and output layers, a folder may bring it too."""
     owner = name.removesuffix(".base_layer.weight")
     return owner != name and f"{owner}.lora_embedding_A" not in names and not owner.endswith(OUTPUTS)
 
@@ -165,12 +165,14 @@ def parts_of(
     needs_base = check is not None or any(adapter.kind == "tokens" for adapter in found)
     bind = partial(on_base, check) if needs_base else None
     covers = targets(source.config)
+    saved = [str(entry) for entry in source.config.get("modules_to_save") or []]
     return Parts(
         found,
         replaced,
         base=base_spec(source),
         covers=covers,
         only=covers is not None,
+        copies=frozenset(name for name in replaced if part_of(name, saved)),
         bind=bind,
         notes=notes,
         task=source.config.get("task_type"),

@@ -53,6 +53,11 @@ def ends_with(name: str, ends: Sequence[str]) -> str | None:
     return next((end for end in ends if named(name, [end])), next((end for end in ends if name.endswith(end)), None))
 
 
+def part_of(tensor: str, entries: Sequence[str]) -> bool:
+    """Is a tensor one of a module, or of a part of one, whose name ends with one of the entries of ``modules_to_save``?"""
+    return any(module.endswith(entry) for module in _prefixes(tensor.rpartition(".")[0]) for entry in entries)
+
+
 def targets(config: Mapping[str, Any]) -> Covers | None:
     """The modules that peft adapts for this configuration, as it matches names; None where the list does not say."""
     wanted, excluded = config.get("target_modules"), config.get("exclude_modules") or []
@@ -90,9 +95,8 @@ def check_matched(path: Path, config: Mapping[str, Any], adapted: Sequence[str],
     adapted: modules (or parameters) with adapters, by the names that patterns are matched against; empty: not known. whole: tensors that
     the folder brings whole.
     """
-    of_modules = [module for name in whole for module in _prefixes(name.rpartition(".")[0])]
     for entry in config.get("modules_to_save") or []:
-        if entry not in HEADS and not any(module.endswith(entry) for module in of_modules):
+        if entry not in HEADS and not any(part_of(name, [str(entry)]) for name in whole):
             raise _unmatched(path, "modules_to_save", str(entry), "the file brings no such module")
     if not adapted:
         return

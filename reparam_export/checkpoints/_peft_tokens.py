@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.adapters import tokens
-from reparam_export.checkpoints import Adapter, Claim, Source
+from reparam_export.checkpoints import Adapter, Claim, Source, alike
 from reparam_export.checkpoints._peft_names import PREFIX, ends_with
 from reparam_export.errors import CheckpointError, FusionError
 
@@ -23,10 +23,13 @@ def trained_tokens(source: Source, claim: Claim) -> list[Adapter]:
     used: dict[str, Any] = {}
     if indices and not any(end.search(n) for n in claim.names()):
         raise CheckpointError(f"{source.path}: trainable tokens are configured, but the file holds none")
-    for name, vectors in claim.take_all(end.search).items():
+    given = claim.take_all(end.search)
+    for name, vectors in given.items():
         module = end.sub("", name.removeprefix(PREFIX))
         mine = ends_with(module, [] if isinstance(indices, list) else list(indices))
         chosen = indices if isinstance(indices, list) else None if mine is None else indices[mine]
+        if chosen is None and any(other != name and alike(vectors, t) for other, t in given.items()):
+            continue  # of a layer that shares its weight with the one that is listed
         if chosen is None:
             raise CheckpointError(
                 f"{source.path}: {module} has trained tokens, but trainable_token_indices does not list it"

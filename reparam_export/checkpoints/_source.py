@@ -176,6 +176,11 @@ def weights_file(path: Path) -> Path:
     )
 
 
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Have they one shape, and equal numbers?"""
+    return tuple(one.shape) == tuple(other.shape) and bool((one == other).all())
+
+
 def as_matrix(tensor: Tensor) -> Tensor:
     """A convolution's weight (out, in, *kernel) as the matrix over its patches."""
     return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))

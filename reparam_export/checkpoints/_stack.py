@@ -50,6 +50,7 @@ def stacked(checkpoints: Sequence[Checkpoint], weights: Sequence[float] | None =
         notes=(*(n for m in members for n in m.notes), *notes),
         recipe=replace(members[0].recipe, others=tuple(m.recipe for m in members[1:])),
         missing=tuple(e for m in members for e in m.missing),
+        copies=frozenset(name for m in members for name in m.copies),
         bind=None,
         members=members,
     )

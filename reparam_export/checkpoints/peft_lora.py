@@ -15,7 +15,7 @@ from typing import Any
 
 from reparam_export.adapters import dora, lora
 from reparam_export.affine import Affine, Bottleneck, Tensor
-from reparam_export.checkpoints import Adapter, Parts, Source, as_matrix
+from reparam_export.checkpoints import Adapter, Covers, Parts, Source, alike, as_matrix
 from reparam_export.checkpoints._peft import (
     Layer,
     check_dilation,
@@ -66,9 +66,42 @@ def read(source: Source) -> Parts:
     check = check_dilation if convolutions else None
     if source.config.get("target_parameters"):
         return read_parameters(source, claim, list(modules), lambda layer: _adapter(layer, list(modules)), check)
-    adapters = [_adapter(Layer(source, claim, full), list(modules)) for full in modules]
+    tied = _tied_to_embeddings(source, list(modules))
+    adapters = [_adapter(Layer(source, claim, full), list(modules), full in tied) for full in modules]
     parts = parts_of(source, claim, adapters, check)
+    parts = replace(parts, covers=_with_tied(parts.covers, [full.removeprefix(PREFIX) for full in tied]))
     return replace(parts, notes=(TWICE, *parts.notes)) if any(a.parameter for a in adapters) else parts
+
+
+def _tied_to_embeddings(source: Source, modules: Sequence[str]) -> list[str]:
+    """With ``ensure_weight_tying``, the layers that share their weight with an adapted embedding, and so its A and B, transposed.
+
+    peft gives them to every layer that the base ties to its embedding, whether it is a target or not (``LoraModel._add_targets_to_tie``).
+    """
+    if not source.config.get("ensure_weight_tying"):
+        return []
+    found = []
+    for full in modules:
+        a, b = source.tensors.get(f"{full}.lora_A.weight"), source.tensors.get(f"{full}.lora_B.weight")
+        for other in modules:
+            down, up = (source.tensors.get(f"{other}.lora_embedding_{side}") for side in "AB")
+            if (
+                a is not None
+                and b is not None
+                and down is not None
+                and up is not None
+                and alike(a, up.T)
+                and alike(b, down.T)
+            ):
+                found.append(full)
+    return found
+
+
+def _with_tied(covers: Covers | None, tied: Sequence[str]) -> Covers | None:
+    """The modules that are covered, and these."""
+    if covers is None or not tied:
+        return covers
+    return lambda names: list(dict.fromkeys([*covers(names), *(name for name in names if name in tied)]))
 
 
 def _check(source: Source) -> None:
@@ -98,8 +131,11 @@ def _check(source: Source) -> None:
         )
 
 
-def _adapter(layer: Layer, modules: Sequence[str]) -> Adapter:
-    """The adapter on one module; on an nn.MultiheadAttention, that on its packed projections and that on its output one."""
+def _adapter(layer: Layer, modules: Sequence[str], tied: bool = False) -> Adapter:
+    """The adapter on one module; on an nn.MultiheadAttention, that on its packed projections and that on its output one.
+
+    tied: are its A and B those of an embedding?
+    """
     module = re.sub(r"\.base_layer\.out_proj\Z", "", layer.full)
     if (
         module != layer.full
@@ -107,17 +143,20 @@ def _adapter(layer: Layer, modules: Sequence[str]) -> Adapter:
         kind, params = _params(layer, replace(layer, full=module))
         return Adapter(f"{module.removeprefix(PREFIX)}.out_proj", kind, replace(params, scale=2 * params.scale))
     attention = f"{layer.full}.base_layer.out_proj" in modules
-    return Adapter(layer.module, *_params(layer, layer), parameter="in_proj_weight" if attention else None)
+    return Adapter(layer.module, *_params(layer, layer, tied), parameter="in_proj_weight" if attention else None)
 
 
-def _params(layer: Layer, of: Layer) -> tuple[str, Any]:
-    """The kind and its Params. of: the module whose patterns hold."""
+def _params(layer: Layer, of: Layer, tied: bool = False) -> tuple[str, Any]:
+    """The kind and its Params. of: the module whose patterns hold; tied: its rank in the settings is that of its scale alone."""
     a = layer.take_if("lora_embedding_A")
     embedding = a is not None
     a, b = (a, layer.take("lora_embedding_B")) if a is not None else _pair(layer)
     bias = layer.take("lora_B.bias") if layer.source.config.get("lora_bias") and not embedding else None
     rank = int(a.shape[0])
-    of.check_rank(rank)
+    if tied:
+        rank = int(of.own("rank_pattern", "r", rank))
+    else:
+        of.check_rank(rank)
     _check_pair(layer, a, b)
     pair, scale = Bottleneck(Affine(as_matrix(a)), Affine(as_matrix(b), bias)), scale_of(of, rank)
     if not layer.source.config.get("use_dora"):

@@ -130,6 +130,8 @@ def memory_stage(console: Console, recipe: Recipe, folder: Path) -> None:
     console.line(kept_line(survival_of(weights.kept)))
     for name in weights.created[:SHOWN]:
         console.line(f"added: {name}, a bias that the base does not have")
+    for name in weights.untied:
+        console.line(f"untied: {name}, which was one tensor with another, has numbers of its own")
     if len(weights.created) > SHOWN:
         console.line(f"added: {len(weights.created) - SHOWN} more biases, listed in fused.json and the report")
 

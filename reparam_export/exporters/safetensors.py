@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 from reparam_export.errors import ExportError, MissingBackendError
 from reparam_export.exporters.artifact import Artifact
 from reparam_export.files import plain_shard_name, read_json, save_safetensors, sha256
-from reparam_export.hf_folder import DTYPE_KEYS, bias_switches, carried, folder_of, held_wide, retyped
+from reparam_export.hf_folder import DTYPE_KEYS, bias_switches, carried, folder_of, held_wide, of_vocabulary, retyped
 from reparam_export.names.conversions import own_of, spread
 from reparam_export.refuted import set_aside
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from reparam_export.fusion import FusedWeights
     from reparam_export.verification import VerifiedModel
 
 INDEX = "model.safetensors.index.json"
@@ -165,7 +166,23 @@ def class_of(config: Mapping[str, Any], model: VerifiedModel) -> dict[str, Any]:
         if name not in ("architecture", "task", "attn_implementation", "experts_implementation", "num_labels")
     ]
     own["architectures"] = [type(module).__name__]
-    return {name: own[name] for name in names if own[name] != config.get(name)}
+    found = {name: own[name] for name in names if own[name] != config.get(name)}
+    return found | tables_of(config, module, model.weights)
+
+
+def tables_of(config: Mapping[str, Any], module: Any, weights: FusedWeights) -> dict[str, Any]:
+    """Config entries for the embedding and the output layer, where the checkpoint changed their size, or untied them."""
+    if not hasattr(module, "get_input_embeddings"):
+        return {}
+    layers = [x for x in (module.get_input_embeddings(), module.get_output_embeddings()) if hasattr(x, "weight")]
+    named = [f"{name}.weight" for name, part in module.named_modules() if any(part is each for each in layers)]
+    found: dict[str, Any] = {}
+    if any(name in weights.replaced for name in named):
+        found |= of_vocabulary(config, int(layers[0].weight.shape[0]))
+    tied = config.get("tie_word_embeddings", getattr(module.config, "tie_word_embeddings", False))
+    if tied and len(named) == 2 and all(name in weights.tensors for name in named):
+        found["tie_word_embeddings"] = False
+    return found
 
 
 def shard_of(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:

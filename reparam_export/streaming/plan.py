@@ -25,6 +25,7 @@ from reparam_export.streaming.forms import Touched, creates_bias, modules_of
 from reparam_export.streaming.shards import Place, Stored, layout, of_tensor
 from reparam_export.streaming.source import UNTIED, NotStreamableError, check_names, files_of, source_of, untied
 from reparam_export.streaming.stacks import in_files, matrices, onto_files, stacks_of
+from reparam_export.streaming.tables import vocabulary, with_ties
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,11 +119,13 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
     renamed = bool(structure.own.files or structure.own.routers)
     if renamed:
         structure, checkpoint = _in_files(structure, checkpoint)
-    check_names(structure, stored, config)
+    check_names(structure, stored, config, checkpoint.replaced)
     structure, apart = untied(structure, checkpoint, config, base)
     stored |= {name: replace(stored[holder], name=name) for name, holder in apart.items()}
     target = BY_SHORT[storage] if storage else None
-    replaced = _replaced(checkpoint, stored, target)
+    replaced = _replaced(checkpoint, stored, structure, target)
+    replaced = with_ties(replaced, stored, checkpoint, structure, apart)
+    sized = vocabulary(stored, replaced, structure, config)
     single = replace(checkpoint, adapters=tuple(a for a in checkpoint.adapters if a.expert is None))
     touched = _touched(single, stored | replaced, structure)
     stacks = _stacks(checkpoint, stored, structure)
@@ -133,7 +136,7 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
         switched, zeros = bias_switches(config, names, created)
     except ExportError as error:
         raise NotStreamableError(str(error)) from error
-    corrected: dict[str, Any] = {**switched, **({UNTIED: False} if apart else {})}
+    corrected: dict[str, Any] = {**switched, **sized, **({UNTIED: False} if apart else {})}
     shards = _shards(files, apart, [*created, *zeros], touched, stored | replaced, target, checkpoint)
     places = {place.name: torch_name(place.code) for shard in shards for _, filled in shard.units for place in filled}
     own, retyped_entries = retyped({k: v for k, v in config.items() if k != "auto_map"}, places, structure.wide)
@@ -196,6 +199,7 @@ def _in_files(structure: Structure, checkpoint: Checkpoint) -> tuple[Structure, 
         checkpoint,
         adapters=onto_files(checkpoint.adapters, structure.own),
         replaced={whole.get(name, name): tensor for name, tensor in checkpoint.replaced.items()},
+        copies=frozenset(whole.get(name, name) for name in checkpoint.copies),
         covers=lambda names: [],
         only=False,
     )
@@ -227,7 +231,9 @@ def _stacks(
     return found
 
 
-def _replaced(checkpoint: Checkpoint, stored: Mapping[str, Stored], target: Format | None) -> dict[str, Stored]:
+def _replaced(
+    checkpoint: Checkpoint, stored: Mapping[str, Stored], structure: Structure, target: Format | None
+) -> dict[str, Stored]:
     """Tensors that the checkpoint brings whole; in the base's own dtype, unless all are stored in another. Raises NotStreamableError."""
     from reparam_export.streaming.formats import rounded
     from reparam_export.streaming.forms import array64
@@ -236,8 +242,9 @@ def _replaced(checkpoint: Checkpoint, stored: Mapping[str, Stored], target: Form
     for name, tensor in checkpoint.replaced.items():
         new = of_tensor(name, tensor)
         old = stored.get(name) or stored.get(f"{name.removesuffix('bias')}weight" if name.endswith(".bias") else "")
-        if old is None or (name in stored and stored[name].shape != new.shape):
-            raise NotStreamableError(f"the checkpoint brings {name} in another shape than the base's")
+        old = old or stored.get(structure.ties.get(name, ""))
+        if old is None:
+            raise NotStreamableError(f"the checkpoint brings {name}, which the base's files do not hold")
         if target is None and new.is_float and old.is_float and new.code != old.code:
             values = rounded(array64(tensor), FORMATS[old.code])
             new = Stored(name, old.code, new.shape, values.reshape(-1).view("u1"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from reparam_export.files import read_json, weight_files
 from reparam_export.hf_folder import EMBEDDING, Structure, folder_of, is_known, keywords_of, structure_of
 from reparam_export.models import Base
 from reparam_export.streaming.shards import Stored, open_shard
+from reparam_export.ties import apart_of
 
 TASKS = {  # peft's task_type -> how a class for it is called
     "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
@@ -89,8 +90,10 @@ def mismatch(name: str, expected: object, found: object) -> TensorMismatchError:
     )
 
 
-def check_names(structure: Structure, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> None:
-    """The files hold the model's tensors. Raises TensorMismatchError, NotStreamableError."""
+def check_names(
+    structure: Structure, stored: Mapping[str, Stored], config: Mapping[str, Any], replaced: Collection[str]
+) -> None:
+    """The files hold the model's tensors. replaced: by the checkpoint, in whatever size. Raises TensorMismatchError, NotStreamableError."""
     from reparam_export.state import CONSTANTS
 
     if structure.shapes is not None:
@@ -100,7 +103,9 @@ def check_names(structure: Structure, stored: Mapping[str, Stored], config: Mapp
             n: t.shape for n, t in stored.items() if n in wanted or (n not in structure.ties and not n.endswith(ends))
         }
         if found != wanted:
-            odd = sorted({n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)})
+            odd = sorted({n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)} - set(replaced))
+            if not odd:
+                return
             raise NotStreamableError(
                 f"{odd[0]} is {found.get(odd[0])} in the base's files and {wanted.get(odd[0])} in its model"
             )
@@ -117,12 +122,15 @@ def check_names(structure: Structure, stored: Mapping[str, Stored], config: Mapp
 def untied(
     structure: Structure, checkpoint: Checkpoint, config: Mapping[str, Any], base: Base
 ) -> tuple[Structure, dict[str, str]]:
-    """Ties that the adapter would break, broken: structure without them, and new tensor -> the one with its numbers.
+    """Ties that the checkpoint breaks, broken: structure without them, and new tensor -> the one with its numbers.
 
     Raises SharedWeightError.
     """
-    changed = {f"{a.module}.weight" for a in checkpoint.adapters} | set(checkpoint.replaced)
-    hit = {alias: holder for alias, holder in structure.ties.items() if alias in changed or holder in changed}
+    groups: dict[str, list[str]] = {}
+    for alias, holder in structure.ties.items():
+        groups.setdefault(holder, [holder]).append(alias)
+    broken = {holder for holder, names in groups.items() if apart_of(checkpoint)(names)}
+    hit = {alias: holder for alias, holder in structure.ties.items() if holder in broken}
     if not hit:
         return structure, {}
     apart = structure.ties.keys() <= hit.keys()

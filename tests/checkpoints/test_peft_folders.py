@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 import transformers
 from peft_types import quiet, shake
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import reparam_export as rx
+from reparam_export.errors import ReparamError
+from reparam_export.streaming import stream
 
 IDS = torch.randint(3, 100, (3, 9), generator=torch.Generator().manual_seed(5))
 
@@ -39,8 +44,8 @@ def made(model: transformers.PreTrainedModel, config: Any, folder: Path) -> tupl
 
 
 def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
-    """In float64; experts one by one."""
-    model = copy.deepcopy(model).double().eval()
+    """In float64, which the model is from then on; experts one by one."""
+    model = model.double().eval()
     own = model.get_base_model() if hasattr(model, "get_base_model") else model
     if hasattr(own, "set_experts_implementation"):
         own.set_experts_implementation("eager")
@@ -65,3 +70,141 @@ def test_the_patterns_that_peft_writes_for_experts_are_matched_with_the_paramete
     plain.load_state_dict({name: t.double() for name, t in fused.tensors.items()}, strict=False)
     expected = logits(adapted)
     assert distance(logits(plain), expected) < 1e-6 < 1e-2 < distance(logits(qwen3_moe()), expected)
+
+
+ROWS = 100
+TARGETS = ["q_proj", "down_proj"]
+
+
+def llama(*, tied: bool = True, rows: int = ROWS) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=ROWS, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, tie_word_embeddings=tied, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def lora(**more: Any) -> Any:
+    return peft.LoraConfig(r=3, lora_alpha=7, task_type="CAUSAL_LM", **more)
+
+
+def folded(adapter: Path, out: Path, *, streamed: bool) -> Path:
+    """The Hugging Face folder of the fused model, proven."""
+    out.mkdir()
+    checkpoint = rx.read(adapter)
+    if streamed:
+        stream(rx.plan_of(checkpoint), out)
+    else:
+        rx.export(rx.verify(checkpoint, rx.fuse(checkpoint), count=2), "safetensors", out)
+    return out / "hf"
+
+
+BOTH = ["embed_tokens", "lm_head"]
+TIES = {  # config -> are the tables of the result one?
+    "saved, ensured": (lora(target_modules=TARGETS, modules_to_save=["lm_head"], ensure_weight_tying=True), True),
+    "saved, one": (lora(target_modules=TARGETS, modules_to_save=["embed_tokens"]), False),
+    "saved, head": (lora(target_modules=TARGETS, modules_to_save=["lm_head"]), False),
+    "saved, both": (lora(target_modules=TARGETS, modules_to_save=BOTH), False),
+    "adapted, ensured": (
+        lora(
+            target_modules=[*TARGETS, "embed_tokens"], ensure_weight_tying=True, use_rslora=True,
+            rank_pattern={"embed_tokens": 2}, alpha_pattern={"embed_tokens": 5, "lm_head": 4},
+        ),
+        False,
+    ),
+    "adapted, ensured by a pattern": (
+        lora(target_modules=r".*(q_proj|embed_tokens)", ensure_weight_tying=True, use_dora=True), False,
+    ),
+    "adapted, head": (lora(target_modules=[*TARGETS, "lm_head"]), False),
+    "adapted, both": (lora(target_modules=[*TARGETS, *BOTH]), False),
+    "tokens": (lora(target_modules=TARGETS, trainable_token_indices={"embed_tokens": [2, 7], "lm_head": [2, 7]}), True),
+    "tokens apart": (lora(target_modules=TARGETS, trainable_token_indices={"embed_tokens": [2, 7], "lm_head": [3]}), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("name", TIES)
+def test_tied_tables_stay_tied_or_not_as_peft_has_them(name: str, streamed: bool, tmp_path: Path) -> None:
+    config, one = TIES[name]
+    if streamed and "tokens" in name:
+        pytest.skip("trained tokens are placed by the model")
+    adapter, adapted = made(llama(), copy.deepcopy(config), tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folded(adapter, tmp_path / "out", streamed=streamed))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == one == model.config.tie_word_embeddings
+    expected = logits(adapted)
+    assert distance(logits(model), expected) < 1e-6 < 1e-2 < distance(logits(llama()), expected)
+
+
+VOCABULARIES = {  # rows, were the base's tables tied, config, are those of the result
+    "saved, tied": (105, True, lora(target_modules=TARGETS, modules_to_save=BOTH), False),
+    "saved, ensured": (
+        105,
+        True,
+        lora(target_modules=TARGETS, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        True,
+    ),
+    "saved, one of the tied": (105, True, lora(target_modules=TARGETS, modules_to_save=["embed_tokens"]), False),
+    "saved, apart": (105, False, lora(target_modules=TARGETS, modules_to_save=BOTH), False),
+    "not trained, tied": (105, True, lora(target_modules=TARGETS), True),
+    "not trained, apart": (105, False, lora(target_modules=TARGETS), False),
+    "adapted, one of the tied": (105, True, lora(target_modules=[*TARGETS, "embed_tokens"]), False),
+    "adapted, apart": (105, False, lora(target_modules=[*TARGETS, *BOTH]), False),
+    "tokens, tied": (
+        105,
+        True,
+        lora(target_modules=TARGETS, trainable_token_indices={"embed_tokens": [100, 104]}),
+        True,
+    ),
+    "tokens, apart": (
+        105,
+        False,
+        lora(target_modules=TARGETS, trainable_token_indices={"embed_tokens": [2, 104]}),
+        False,
+    ),
+    "padded to a multiple": (128, True, lora(target_modules=TARGETS, modules_to_save=BOTH), False),
+    "made smaller": (96, False, lora(target_modules=TARGETS, modules_to_save=BOTH), False),
+}
+
+
+def with_vocabulary(name: str, folder: Path) -> tuple[Path, nn.Module, int]:
+    """A base, and an adapter that was trained on it with another number of tokens."""
+    rows, tied, config, _ = VOCABULARIES[name]
+    model, config = llama(tied=tied), copy.deepcopy(config)
+    with quiet():
+        model.save_pretrained(folder / "base")
+        model.resize_token_embeddings(rows)
+        config.base_model_name_or_path = model.name_or_path = str(folder / "base")
+        adapted = peft.get_peft_model(model, config)
+        shake(adapted)
+        adapted.save_pretrained(folder / "adapter")
+    return folder / "adapter", adapted, rows
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_the_vocabulary_has_as_many_tokens_as_the_table_that_was_saved(
+    name: str, streamed: bool, tmp_path: Path
+) -> None:
+    if streamed and "tokens" in name:
+        pytest.skip("trained tokens are placed by the model")
+    adapter, adapted, rows = with_vocabulary(name, tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folded(adapter, tmp_path / "out", streamed=streamed))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == VOCABULARIES[name][3]
+    assert model.config.vocab_size == rows == len(model.model.embed_tokens.weight)
+    ids = torch.randint(3, rows, (3, 9), generator=torch.Generator().manual_seed(2))
+    assert distance(logits(model, ids), logits(adapted, ids)) < 1e-6
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("left", ["embed_tokens", "lm_head"])
+def test_a_table_of_other_rows_whose_partner_is_missing_is_refused(left: str, streamed: bool, tmp_path: Path) -> None:
+    adapter, _, _ = with_vocabulary("saved, tied", tmp_path)
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if left not in name}, file)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["modules_to_save"] = [name for name in BOTH if name != left]
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ReparamError, match=r"rows|not of the base's size") as caught:
+        rx.plan_of(rx.read(adapter)) if streamed else rx.fuse(rx.read(adapter))
+    assert caught.value.exit_code in (3, 4)

@@ -18,7 +18,6 @@ from reparam_export.errors import (
     CheckpointError,
     FusionError,
     MissingSettingError,
-    SharedWeightError,
     TensorMismatchError,
     UnknownFormatError,
     UsageError,
@@ -323,16 +322,20 @@ def test_trained_biases_and_saved_modules_replace_the_bases(tmp_path: Path) -> N
 
 
 @PEFT_WARNS
-def test_folding_into_a_tied_embedding_is_refused_by_name(tmp_path: Path) -> None:
+def test_folding_into_a_tied_embedding_unties_it(tmp_path: Path) -> None:
     import peft
     from transformers import AutoModelForCausalLM
 
     base = CASES["peft_lora"].folder.parent / "peft_base_gpt2"
     config = peft.LoraConfig(r=2, target_modules=["wte", "c_attn"], init_lora_weights=False, fan_in_fan_out=True)
-    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path)
-    with pytest.raises(SharedWeightError) as caught:
-        rx.fuse(rx.read(tmp_path, f"hf:{base}"))
-    assert set(caught.value.owners) == {"transformer.wte.weight", "lm_head.weight"}
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    adapted.save_pretrained(tmp_path)
+    checkpoint = rx.read(tmp_path, f"hf:{base}")
+    proven = rx.verify(checkpoint, rx.fuse(checkpoint), count=2)
+    assert proven.weights.untied == ("transformer.wte.weight",)
+    with torch.no_grad():
+        expected = adapted.eval().double()(**proven.reference.inputs).logits
+    assert float((proven.reference.outputs["logits"] - expected).abs().max()) < 1e-12
 
 
 def test_a_rank_that_contradicts_the_config_is_refused(tmp_path: Path) -> None:
