@@ -32,7 +32,7 @@ LOOKED_FOR = "X.lora_A and X.lora_B without a .weight behind (loralib)"
 
 
 def accepts(source: Source) -> bool:
-    return any(_is_factor(name) for name in source.tensors)
+    return "peft_type" not in source.config and any(_is_factor(name) for name in source.tensors)
 
 
 def _is_factor(name: str) -> bool:

@@ -66,7 +66,9 @@ def said_by_peft(layer: Any, ours: str) -> dict[str, Any]:
     found: dict[str, Any] = {"rank": of("r"), "scale": of("scaling")}
     down = of_module(layer, "lora_A", active)
     if found["rank"] is not None and down is not None and not hasattr(layer, "num_experts"):
-        found["rank"] = int(getattr(down, "weight", down).shape[0])  # r is not it where A and B are those of a tied embedding
+        found["rank"] = int(
+            getattr(down, "weight", down).shape[0]
+        )  # r is not it where A and B are those of a tied embedding
     if family == "lora":
         ups = getattr(layer, "lora_B", {})
         found["DoRA"] = bool(of("use_dora")) or "Dora" in type(of_module(layer, "lora_variant", active)).__name__
