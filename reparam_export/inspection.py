@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.checkpoints import Checkpoint, non_finite, settings_of, zeros
+from reparam_export.affine import Bottleneck
+from reparam_export.checkpoints import Adapter, Checkpoint, non_finite, settings_of, zeros
 from reparam_export.errors import FusionError
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ def inspect_checkpoint(recipe: Recipe) -> dict[str, Any]:
     reasons = [f"{m['setting']} is missing (found in {m['found_in']}): {m['option']}" for m in missing] + [
         f"{name}: NaN or infinity" for name in bad
     ]
+    if untrained(checkpoint):
+        reasons.append(
+            "the adapter changes nothing: on every module one of its factors is zero; it was never trained, or saved before it was"
+        )
     described = checkpoint.describe()
     return {
         **described,
@@ -45,6 +50,21 @@ def inspect_checkpoint(recipe: Recipe) -> dict[str, Any]:
         "foldable": not reasons,
         "reasons": reasons,
     }
+
+
+def untrained(checkpoint: Checkpoint) -> bool:
+    """Is every adapter a product of two with a zero in it (LoRA as it starts), and is there nothing else?"""
+    return bool(checkpoint.adapters) and not checkpoint.replaced and all(map(_is_zero, checkpoint.adapters))
+
+
+def _is_zero(adapter: Adapter) -> bool:
+    pair = getattr(adapter.params, "pair", None)
+    if not isinstance(pair, Bottleneck) or adapter.kind != "lora":
+        return False
+    biases = (pair.up.bias, pair.down.bias)
+    return not any(b is not None and bool((b != 0).any()) for b in biases) and not all(
+        bool((side.weight != 0).any()) for side in (pair.up, pair.down)
+    )
 
 
 def inspect_survival(recipe: Recipe) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from reparam_export.checkpoints._source import (
     as_matrix,
     open_source,
     placed,
+    without,
 )
 from reparam_export.errors import CheckpointError, FusionError, MissingSettingError, UnknownFormatError
 from reparam_export.files import fingerprint, sha256, weight_files
@@ -130,6 +131,7 @@ class Recipe:
     inputs: tuple[str, ...] = ()
     dtype: str | None = None
     renames: tuple[str, ...] = ()  # OLD=NEW: of the names in the checkpoint to those of the base
+    drop: tuple[str, ...] = ()  # patterns of the names of tensors that the model is wanted without
     weight: float = 1.0  # of this checkpoint in a stack
     others: tuple[Recipe, ...] = ()  # the rest of the stack, in the order they act
 
@@ -230,6 +232,7 @@ class Checkpoint:
     by_shapes: bool = False  # ``bind`` looks at the names and shapes of the base only, not at its numbers
     task: str | None = None  # peft's task_type
     named: bool = False  # under the base's own names; see ``naming``
+    dropped: tuple[str, ...] = ()  # names of the file's tensors that the user left out
 
     def describe(self) -> dict[str, Any]:
         """What ``inspect`` shows and ``fused.json`` records. JSON types."""
@@ -247,6 +250,7 @@ class Checkpoint:
             "settings": dict(self.settings),
             "files": [str(f) for f in self.files],
             "notes": list(self.notes),
+            "dropped": list(self.dropped),
             "stack": [
                 {"path": str(m.path), "sha256": m.sha256, "format": m.format, "weight": m.recipe.weight}
                 for m in self.members
@@ -278,6 +282,7 @@ def read(
     candidate: int = 0,
     inputs: Sequence[str] = (),
     renames: Sequence[str] = (),
+    drop: Sequence[str] = (),
     inspecting: bool = False,
     numpy: bool = False,
 ) -> Checkpoint:
@@ -287,6 +292,7 @@ def read(
     base_weights: file with the base's state. config, settings, candidate: what the checkpoint itself does not say.
     inputs: input specs for ``py:`` bases. renames: ``OLD=NEW``, parts of dotted names as the checkpoint
     and as the base has them. numpy: read safetensors without torch; inspecting: that, and collect missing settings.
+    drop: names, with ``*`` and ``?``, of tensors that the model is wanted without, such as a value head; it is said wherever the result is.
     Raises CheckpointError and its kin (exit code 3), UsageError.
     """
     config = [config] if isinstance(config, str | Path) else list(config)
@@ -298,6 +304,7 @@ def read(
         numpy=inspecting or numpy,
         weights_given=base_weights is not None,
     )
+    source, dropped = without(source, drop)
     name, fmt = recognise(source)
     parts = _read(fmt, source)
     if base_weights is not None and "base_weights" in given.values:  # which of the models in that file
@@ -321,7 +328,8 @@ def read(
         ignored=parts.ignored,
         settings=given.used,
         files=given.files,
-        notes=(*parts.notes, *given.notes),
+        notes=(*parts.notes, *given.notes, *_of_dropped(dropped, drop), *_of_another_base(parts.base, base)),
+        dropped=dropped,
         recipe=Recipe(
             checkpoint=str(source.path.absolute()),
             base=base,
@@ -331,6 +339,7 @@ def read(
             candidate=candidate,
             inputs=tuple(inputs),
             renames=tuple(renames),
+            drop=tuple(drop),
         ),
         covers=parts.covers or siblings(parts.adapters),
         only=parts.only,
@@ -342,6 +351,20 @@ def read(
         by_shapes=parts.by_shapes,
         task=parts.task,
     )
+
+
+def _of_dropped(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    return [f"dropped by name (--drop {' '.join(patterns)}): {', '.join(names)}"] if names else []
+
+
+def _of_another_base(named: str | None, given: str | None) -> list[str]:
+    """A note where the checkpoint names another base than the one that was given: by path, by ID or by the last part of either."""
+    texts = [str(spec).partition(":")[2].partition("?")[0].rstrip("/") for spec in (named, given)]
+    if named is None or given is None or named.partition(":")[0] != given.partition(":")[0]:
+        return []
+    if len({Path(text).resolve() for text in texts}) == 1 or len({Path(text).name.lower() for text in texts}) == 1:
+        return []
+    return [f"the checkpoint names the base {texts[0]}; folded into {texts[1]}, as given"]
 
 
 def siblings(adapters: Sequence[Adapter]) -> Covers:

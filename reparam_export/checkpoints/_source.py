@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from reparam_export.affine import Tensor
 from reparam_export.checkpoints._settings import Settings
-from reparam_export.errors import CheckpointError, TensorMismatchError
+from reparam_export.errors import CheckpointError, TensorMismatchError, UsageError
 from reparam_export.files import (
     PICKLES,
     flat_tensors,
@@ -97,12 +99,39 @@ class Claim:
             module, _, tensor = name.rpartition(".")
             raise TensorMismatchError(
                 f"{self._path}: {len(self._left)} tensor(s) that belong to no adapter and no head, first {name} "
-                f"{tuple(self._left[name].shape)}; nothing may be left over, because a dropped tensor changes the model",
+                f"{tuple(self._left[name].shape)}; nothing may be left over, because a dropped tensor changes the model. If the model is "
+                f"wanted without them, such as a value head, drop them by name: --drop '{_pattern(list(self._left))}'",
                 module=module,
                 tensor=tensor,
                 expected=None,
                 found=tuple(self._left[name].shape),
             )
+
+
+def _pattern(names: list[str]) -> str:
+    """What ``--drop`` takes for these: the module that all of them are in, or the first of them."""
+    heads = [name.split(".")[:-1] for name in names]
+    common = [part for part, *others in zip(*heads, strict=False) if all(part == other for other in others)]
+    known = [part for part in common if part not in ("base_model", "model", "module")]
+    return f"{'.'.join(common)}.*" if known else names[0]
+
+
+def without(source: Source, patterns: Sequence[str]) -> tuple[Source, tuple[str, ...]]:
+    """The source without the tensors that the user drops by name, and their names.
+
+    A pattern has ``*`` and ``?``; it is of a whole name, or of one from some dot on. Raises UsageError for one that drops nothing.
+    """
+    dropped: dict[str, None] = {}
+    for pattern in patterns:
+        names = [n for n in source.tensors if fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}")]
+        if not names:
+            near = difflib.get_close_matches(pattern, list(source.tensors), n=3, cutoff=0.3) or list(source.tensors)[:3]
+            raise UsageError(
+                f"--drop {pattern!r}: {source.path} holds no tensor of this name (nearest: {', '.join(near) or 'it holds none by name'})"
+            )
+        dropped |= dict.fromkeys(names)
+    kept = {name: tensor for name, tensor in source.tensors.items() if name not in dropped}
+    return replace(source, tensors=kept), tuple(dropped)
 
 
 def open_source(

@@ -53,6 +53,7 @@ def stacked(checkpoints: Sequence[Checkpoint], weights: Sequence[float] | None =
         copies=frozenset(name for m in members for name in m.copies),
         bind=None,
         members=members,
+        dropped=tuple(name for m in members for name in m.dropped),
     )
 
 

@@ -69,6 +69,12 @@ CHECKPOINT = stack(
         help="A part of the checkpoint's names as the base has it; may be repeated.",
     ),
     click.option(
+        "--drop",
+        metavar="PATTERN",
+        multiple=True,
+        help="Leave tensors of the checkpoint out by name, such as 'v_head.*'; recorded; may be repeated.",
+    ),
+    click.option(
         "--adapter",
         "adapters",
         metavar="PATH[=WEIGHT]",
@@ -133,6 +139,7 @@ def recipe_of_call(
     candidate: int,
     input_specs: tuple[str, ...],
     renames: tuple[str, ...] = (),
+    drop: tuple[str, ...] = (),
     adapters: tuple[str, ...] = (),
     weight: float = 1.0,
     dtype: str | None = None,
@@ -142,13 +149,14 @@ def recipe_of_call(
 
     stack = [(checkpoint, weight), *map(_weighted, adapters)]
     configs, values = _of_each(tuple(map(str, config)), len(stack)), _of_each(settings, len(stack))
-    changed = _of_each(renames, len(stack))
+    changed, left_out = (_of_each(given, len(stack)) for given in (renames, drop))
     first, *others = (
         Recipe(
             checkpoint=str(path.absolute()),
             config=tuple(str(Path(c).absolute()) for c in configs[n]),
             settings=dict(_setting(text) for text in values[n]),
             renames=tuple(changed[n]),
+            drop=tuple(left_out[n]),
             weight=kept,
         )
         for n, (path, kept) in enumerate(stack, 1)

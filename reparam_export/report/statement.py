@@ -43,11 +43,20 @@ def headline(evidence: Evidence) -> str:
         _layers_sentence(certificate, evidence.fused.get("replaced")),
         _output_sentence(certificate),
         graph_sentence(certificate.graph),
+        _dropped_sentence(certificate),
         _kept_sentence(certificate),
         witness.sentence(certificate.witness),
     ]
     start = "Proven" if certificate.outputs_prove else "Proven by its weights alone"
     return f"{start}: {'; '.join(part for part in parts if part)}"
+
+
+def _dropped_sentence(certificate: Certificate) -> str:
+    """Said on top when the user left tensors of the checkpoint out: the model is the trained one without them."""
+    dropped = certificate.checkpoint.get("dropped")
+    if not isinstance(dropped, list) or not dropped:
+        return ""
+    return f"without {plural(len(dropped), 'tensor')} of the checkpoint, dropped by name, first {dropped[0]}"
 
 
 def _kept_sentence(certificate: Certificate) -> str:

@@ -120,6 +120,7 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
     if renamed:
         structure, checkpoint = _in_files(structure, checkpoint)
     check_names(structure, stored, config, checkpoint.replaced)
+    structure, parted = _parted(structure, stored)
     structure, apart = untied(structure, checkpoint, config, base)
     stored |= {name: replace(stored[holder], name=name) for name, holder in apart.items()}
     target = BY_SHORT[storage] if storage else None
@@ -136,7 +137,7 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
         switched, zeros = bias_switches(config, names, created)
     except ExportError as error:
         raise NotStreamableError(str(error)) from error
-    corrected: dict[str, Any] = {**switched, **sized, **({UNTIED: False} if apart else {})}
+    corrected: dict[str, Any] = {**switched, **sized, **({UNTIED: False} if apart or parted else {})}
     shards = _shards(files, apart, [*created, *zeros], touched, stored | replaced, target, checkpoint)
     places = {place.name: torch_name(place.code) for shard in shards for _, filled in shard.units for place in filled}
     own, retyped_entries = retyped({k: v for k, v in config.items() if k != "auto_map"}, places, structure.wide)
@@ -161,6 +162,17 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
         if touched or stacks
         else tuple(name for name, new in replaced.items() if _differs(new, stored.get(name))),
     )
+
+
+def _parted(structure: Structure, stored: Mapping[str, Stored]) -> tuple[Structure, tuple[str, ...]]:
+    """The structure without the ties of tensors that the files hold both, with other numbers: transformers keeps these two, whatever its
+    config says. And their names."""
+    parted = tuple(
+        alias
+        for alias, holder in structure.ties.items()
+        if alias in stored and holder in stored and _differs(stored[alias], stored[holder])
+    )
+    return replace(structure, ties={a: h for a, h in structure.ties.items() if a not in parted}), parted
 
 
 def _differs(new: Stored, old: Stored | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,7 @@ def loaded(checkpoint: Checkpoint, fresh: Callable[[], nn.Module]) -> Read:
         check_patterns_of(folder, base)
         try:
             with quiet(), offline():
-                model = _load(peft, base.double() if attempt == "float64" else base, folder)
+                model = _load(peft, base.double() if attempt == "float64" else base, folder, checkpoint.dropped)
             return Read(model.double(), str(peft.__version__))
         except UnableError:
             raise
@@ -66,8 +66,11 @@ def loaded(checkpoint: Checkpoint, fresh: Callable[[], nn.Module]) -> Read:
     raise UnableError(f"peft {peft.__version__} cannot load {folder} on this base: {first_line(failure)}") from failure
 
 
-def _load(peft: Any, base: nn.Module, folder: Path) -> nn.Module:
-    """peft's model; its loader is called twice, for it tells only the second time what it did not find. Raises UnableError."""
+def _load(peft: Any, base: nn.Module, folder: Path, dropped: Sequence[str] = ()) -> nn.Module:
+    """peft's model; its loader is called twice, for it tells only the second time what it did not find. Raises UnableError.
+
+    dropped: names of tensors in the file that the model is wanted without.
+    """
     config = peft.PeftConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = config.revision = None
     if hasattr(config, "progressbar"):
@@ -77,10 +80,10 @@ def _load(peft: Any, base: nn.Module, folder: Path) -> nn.Module:
     mapping = getattr(base, "_checkpoint_conversion_mapping", {})
     model = peft.PeftModel.from_pretrained(base, str(folder), config=config, torch_device="cpu")
     result = model.load_adapter(str(folder), "default", torch_device="cpu", key_mapping=mapping)
-    if result.unexpected_keys:
+    unused = [name for name in result.unexpected_keys if not any(f".{name}".endswith(f".{gone}") for gone in dropped)]
+    if unused:
         raise UnableError(
-            f"peft {peft.__version__} itself leaves {len(result.unexpected_keys)} tensors of {folder} unused on this base, first "
-            f"{result.unexpected_keys[0]}"
+            f"peft {peft.__version__} itself leaves {len(unused)} tensors of {folder} unused on this base, first {unused[0]}"
         )
     _check_found(peft, model, result.missing_keys, folder)
     model.eval().requires_grad_(False)
