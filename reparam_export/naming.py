@@ -43,7 +43,7 @@ def named(checkpoint: Checkpoint, own: Own) -> Checkpoint:
     places = {key: reading.places[name] for key, name in now.items()}
     if not reading.said and not checkpoint.recipe.renames and not any(a.module in own.routers for a in placed):
         return replace(checkpoint, named=True)
-    _check_dialect(checkpoint, reading, now, own.tensors)
+    _check_dialect(checkpoint, reading, places, own.tensors)
     return replace(
         checkpoint,
         adapters=tuple(
@@ -139,13 +139,15 @@ def _check_once(now: Mapping[str, str], checkpoint: Checkpoint) -> None:
         seen[new] = old
 
 
-def _check_dialect(checkpoint: Checkpoint, reading: Reading, now: Mapping[str, str], tensors: Collection[str]) -> None:
+def _check_dialect(
+    checkpoint: Checkpoint, reading: Reading, places: Mapping[str, Place], tensors: Collection[str]
+) -> None:
     """Every module that the checkpoint's configuration means has its adapter, by the names that the file has for them."""
     if checkpoint.underscored or not reading.others:
         return
-    back: dict[str, str] = {new: old for old, new in now.items()}
-    own = [name for name, place in reading.others.items() if name.endswith(".weight") and place.tensor in tensors]
-    check_covered([back.get(name, name).removesuffix(".weight") for name in own], checkpoint)
+    given = {place: name for name, place in places.items()}
+    own = [(name, p) for name, p in reading.others.items() if name.endswith(".weight") and p.tensor in tensors]
+    check_covered([given.get(place, name).removesuffix(".weight") for name, place in own], checkpoint)
 
 
 def _example(places: Mapping[str, Place]) -> str:

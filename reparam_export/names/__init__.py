@@ -10,7 +10,7 @@ A key is used once or named; what could mean several modules is an error with th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -48,6 +48,7 @@ class Own:
     tensor's name in files (of any version) and its place in the model; a name without a place is a part that is no block of rows.
     transposed: modules whose stacks hold (in, out). routers: modules that multiply by a matrix ``weight`` of their own, and are no
     layers (in transformers 4 they were linear layers). language: the decoder inside a model of more than text.
+    newer: a tensor's name in files of any older version as the model has it.
     """
 
     modules: tuple[str, ...]
@@ -56,3 +57,4 @@ class Own:
     transposed: frozenset[str] = frozenset()
     routers: frozenset[str] = frozenset()
     language: str | None = None
+    newer: Callable[[str], str] | None = None

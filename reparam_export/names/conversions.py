@@ -7,7 +7,7 @@ device: what it gives are views of them, whose storage, offset and strides say w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.names import Own, Place
@@ -29,6 +29,7 @@ def own_of(module: nn.Module) -> Own:
         files=files or {},
         transposed=frozenset(transposed),
         language=_language(module),
+        newer=None if files is None else _newer(module),
         routers=frozenset(
             name
             for name, part in module.named_modules()
@@ -38,6 +39,23 @@ def own_of(module: nn.Module) -> Own:
             and not hasattr(part, "nf")  # transformers' Conv1D
         ),
     )
+
+
+def _newer(module: nn.Module) -> Callable[[str], str]:
+    """transformers' own renaming of a name in a file while it loads; a part of a stack keeps its name."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(module)  # type: ignore[arg-type]
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    prefix, state = getattr(module, "base_model_prefix", ""), module.state_dict()
+
+    def newer(name: str) -> str:
+        found, part = rename_source_key(name, renamings, converters, prefix, state)
+        return name if part else str(found)
+
+    return newer
 
 
 def _language(module: nn.Module) -> str | None:

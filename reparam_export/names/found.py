@@ -47,6 +47,10 @@ def read_names(
         return Reading({name: straight[name] for name in names}, straight)
     if all(name in stored for name in names):
         return Reading({name: stored[name] for name in names}, stored, "names as in the base's files")
+    newer = {name: straight.get(own.newer(name)) for name in names} if own.newer is not None else {}
+    known = {name: place for name, place in newer.items() if place is not None}
+    if len(known) == len(names):
+        return Reading(known, straight, "names as in files of an older transformers")
     found: dict[tuple[Place, ...], Reading] = {}
     for universe, of in ((straight, ""), (stored, ", names as in its files")):
         for shift in _shifts(names, universe):

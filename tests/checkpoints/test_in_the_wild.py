@@ -1,0 +1,28 @@
+"""Every file that people have folds into the model that its own library runs unfused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from in_the_wild import WILD, Wild, answers
+
+import reparam_export as rx
+from reparam_export.assembly import base_of, fused, settled
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("wild", WILD, ids=[wild.name for wild in WILD])
+def test_it_is_the_model_that_its_own_library_runs(wild: Wild, tmp_path: Path) -> None:
+    made = wild.make(tmp_path)
+    checkpoint = rx.read(made.path, **made.options)
+    weights = rx.fuse(checkpoint)
+    model: Any = base_of(settled(checkpoint)).build()[0]
+    inputs = {name: t.double() if t.is_floating_point() else t for name, t in made.inputs.items()}
+    without = answers(model, **inputs)
+    found = answers(fused(base_of(settled(checkpoint)).build()[0], weights.tensors), **inputs)
+    largest = float(made.expected.abs().max())
+    assert float((found - made.expected).abs().max()) < 1e-5 * largest
+    assert float((without - made.expected).abs().max()) > 1e-2 * largest  # the adapter matters
