@@ -26,6 +26,10 @@ from reparam_export.files import (
 from reparam_export.names.wrappers import unwrapped
 
 NATIVE = "reparam-export/1"
+OF_FOLDERS = (
+    "adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin",
+    "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapters.safetensors", "adapter_model.pt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -197,12 +201,10 @@ def weights_file(path: Path) -> Path:
         )
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
-    for name in ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin"):
+    for name in OF_FOLDERS:
         if (path / name).is_file():
             return path / name
-    raise CheckpointError(
-        f"{path}: the folder holds no adapter_model.safetensors, adapter_model.bin, model.safetensors or pytorch_model.bin"
-    )
+    raise CheckpointError(f"{path}: the folder holds none of {', '.join(OF_FOLDERS)}")
 
 
 def alike(one: Tensor, other: Tensor) -> bool:

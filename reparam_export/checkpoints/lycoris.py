@@ -7,19 +7,21 @@
     diff [diff_b], w_norm [b_norm]                            whole differences of layers and of norms
     alpha, dora_scale                                         scale alpha / rank, 1 without it; decomposition by output or by input
 
+A kohya file may hold several models, ``lora_unet_``, ``lora_te_``, ``lora_te1_``, ``lora_te2_``: ``--set part=unet`` reads one of them.
 What LyCORIS' forward does with these is what is read; its own merge of LoHa and LoKr (4.1.3) takes the scale twice. The names are
 found in the base.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reparam_export.adapters import decomposed, full, glora_lycoris, locon, loha, lokr, lora
 from reparam_export.affine import Affine, Bottleneck, Tensor
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source, as_core, as_matrix
 from reparam_export.errors import FusionError
+from reparam_export.names.underscored import MODEL
 
 FIRST = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "a1.weight", "diff", "w_norm")
 LOOKED_FOR = f"tensors NAME.KEY, no dot in NAME, with a KEY of {', '.join(FIRST)} (LyCORIS, kohya)"
@@ -39,6 +41,7 @@ def accepts(source: Source) -> bool:
 
 
 def read(source: Source) -> Parts:
+    source, notes = of_part(source)
     split = [name.partition(".") for name in source.tensors]
     for key, name in REFUSED.items():
         modules = [stem for stem, _, found in split if found == key]
@@ -52,7 +55,25 @@ def read(source: Source) -> Parts:
     adapters = tuple(Adapter(stem, *_params(_Named(claim, stem))) for stem in stems)
     claim.finish()
 
-    return Parts(adapters, covers=lambda names: [], underscored=True)
+    return Parts(adapters, covers=lambda names: [], underscored=True, notes=notes)
+
+
+def of_part(source: Source) -> tuple[Source, tuple[str, ...]]:
+    """The tensors of the one model that the user chose of those in a kohya file, with a note on the others; without a choice all of them.
+
+    A base may hold several of the models. Raises UsageError for a part that the file has not.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in source.tensors.items():
+        match = MODEL.match(name)
+        found.setdefault(match[0].removeprefix("lora_") if match else "", {})[name] = tensor
+    if "part" not in source.settings.values:
+        return source, (f"the file has the parts {', '.join(found)}: --set part=NAME reads one of them",) if len(
+            found
+        ) > 1 else ()
+    part = source.settings.choice("part", [name for name in found if name], why="the file has several parts")
+    left = [f"{name} ({len(tensors)} tensors)" for name, tensors in found.items() if name != part]
+    return replace(source, tensors=found[part]), (f"left out: {', '.join(left)}",) if left else ()
 
 
 @dataclass(frozen=True)

@@ -80,20 +80,29 @@ def with_own(source: Source, parts: Parts, own: Mapping[str, Tensor]) -> Parts:
     return with_base(source, replace(parts, covers=covers), state)
 
 
-def lora_settings(source: Source, names: list[str]) -> dict[str, Any]:
-    """What stands for ``adapter_config.json`` of LoRA where there is none. Raises MissingSettingError without ``lora_alpha``."""
+SCRIPT = "adapter_config.json, or the LoraConfig of the training script"
+
+
+def lora_settings(
+    source: Source, names: list[str], found_in: str = SCRIPT, alphas: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """What stands for ``adapter_config.json`` of LoRA where there is none. alphas: of each module, where the file has them.
+
+    Raises MissingSettingError without them and without ``lora_alpha``.
+    """
     given = source.settings
     options = source.content.get("hyper_parameters")
     options = getattr(options, "__dict__", options)
     if isinstance(options, Mapping) and "lora_alpha" in options:
         for name in ("lora_alpha", "use_rslora"):
             given.offer(name, options.get(name), "the file's hyper_parameters")
-    alpha = given.number("lora_alpha", found_in="adapter_config.json, or the LoraConfig of the training script")
+    alpha = 1 if alphas else given.number("lora_alpha", found_in=found_in)
     rs = given.flag("use_rslora")
-    given.notes.append(f"scale lora_alpha / {'sqrt(r)' if rs else 'r'} on every module")
+    given.notes.append(f"scale {'alpha' if alphas else 'lora_alpha'} / {'sqrt(r)' if rs else 'r'} on every module")
     return {
         "peft_type": "LORA",
         "lora_alpha": alpha,
+        "alpha_pattern": {rf"\A{re.escape(name)}": own for name, own in (alphas or {}).items()},
         "use_rslora": rs,
         "use_dora": any(".lora_magnitude_vector" in name for name in names),
         "lora_bias": any(name.endswith(".lora_B.bias") for name in names),

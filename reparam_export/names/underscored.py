@@ -39,7 +39,16 @@ def _read(stems: Sequence[str], universe: Mapping[str, Place], path: Path, of: s
     groups: dict[str, list[str]] = {}
     for stem in stems:
         groups.setdefault(match[0] if (match := MODEL.match(stem)) else "", []).append(stem)
-    found = {stem: name for group in groups.values() for stem, name in _names(group, spelled, path).items()}
+    try:
+        found = {stem: name for group in groups.values() for stem, name in _names(group, spelled, path).items()}
+    except TensorMismatchError as error:
+        if len(groups) == 1:
+            raise
+        parts = [group.removeprefix("lora_") for group in groups if group]
+        raise TensorMismatchError(
+            f"{error}; it has the parts {', '.join(parts)}, each for a model of its own: --set part={'|'.join(parts)} reads one of them",
+            module=error.module, tensor=error.tensor, expected=error.expected, found=error.found,
+        ) from error  # fmt: skip
     return Reading({stem: universe[name] for stem, name in found.items()}, {}, f"names with _ for the dots{of}")
 
 
@@ -68,7 +77,7 @@ def _inside(stems: Sequence[str], spelled: Spelled) -> dict[str, str] | None:
     known = [p for p in PREFIXES if all(stem.startswith(f"{p}_") for stem in stems)]
     if not known:
         return None
-    rests = [stem.removeprefix(f"{known[-1]}_") for stem in stems]
+    rests = [stem.removeprefix(f"{max(known, key=len)}_") for stem in stems]
     outer = {key.removesuffix(rests[0]) for key in spelled if key.endswith(f"_{rests[0]}")}
     fits = [o for o in outer if all(len(spelled.get(o + rest, ())) == 1 for rest in rests)]
     return (
@@ -86,8 +95,7 @@ def _unresolved(stem: str, found: Sequence[str], rest: str, spelled: Spelled, pa
     problem = (
         f"could be each of {', '.join(found)}: with dots as underscores they are one name"
         if found
-        else f"names no module of the base (nearest: {', '.join(near) or 'none'}); is this the base that it was trained on, and does the "
-        "file adapt one model only?"
+        else f"names no module of the base (nearest: {', '.join(near) or 'none'}); is this the base that it was trained on?"
     )
     return TensorMismatchError(
         f"{path}: {stem} {problem}", module=stem, tensor="weight", expected=stem, found=found or near

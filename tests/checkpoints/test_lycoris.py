@@ -187,7 +187,7 @@ def test_a_name_that_is_no_module_or_several_is_refused(tmp_path: Path) -> None:
     )
     message = refusal(lines({"lora_unet_a_d": (4, 4), "lora_te_text_model_q": (4, 4)}), two, tmp_path)
     assert "lora_te_text_model_q names no module of the base" in message
-    assert "one model only" in message
+    assert "--set part=te|unet reads one of them" in message
     message = refusal(lines({"lycoris_a_d": (4, 4), "lycoris_a_e": (4, 4)}), two, tmp_path)
     assert "lycoris_a_e names no module of the base (nearest: a.d" in message
     assert "expected (4, 2)" in refusal(lines({"lycoris_a_d": (5, 4)}), two, tmp_path)
