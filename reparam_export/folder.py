@@ -23,7 +23,7 @@ from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reparam_export.checkpoints import Checkpoint, Recipe
+from reparam_export.checkpoints import Checkpoint, Recipe, recipe_from_json
 from reparam_export.errors import CheckpointError, EquivalenceError, UsageError
 from reparam_export.files import fingerprint, load_safetensors, read_json, replace_file, save_safetensors, sha256
 from reparam_export.names import Place
@@ -156,14 +156,9 @@ def _weight_files(folder: Path, content: Mapping[str, Any]) -> list[Path]:
 def recipe_of(content: Mapping[str, Any]) -> Recipe:
     """The recipe in ``fused.json``. Raises CheckpointError."""
     try:
-        return _recipe(content["recipe"])
+        return recipe_from_json(content["recipe"])
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{FUSED}: damaged ({error!r}); run fuse again") from error
-
-
-def _recipe(content: Mapping[str, Any]) -> Recipe:
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-    return Recipe(**given | {"others": tuple(_recipe(other) for other in content.get("others", ()))})
 
 
 def save_proof(folder: Path, certificate: Certificate, model: VerifiedModel | None) -> None:

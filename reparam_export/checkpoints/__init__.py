@@ -177,6 +177,12 @@ class Recipe:
         return {str(path): fingerprint(path) for path in self.files()}
 
 
+def recipe_from_json(content: Mapping[str, Any]) -> Recipe:
+    """The recipe out of its ``asdict``. Raises TypeError or AttributeError for what is none."""
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    return Recipe(**given | {"others": tuple(recipe_from_json(other) for other in content.get("others", ()))})
+
+
 @dataclass(frozen=True)
 class Parts:
     """What a format's reader finds. ``replaced``: whole base tensors (a head) that the checkpoint carries."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.cli._options import batch_sizes
+from reparam_export.cli._witness import witness_lines
 from reparam_export.errors import EquivalenceError, ReparamError
 
 if TYPE_CHECKING:
@@ -15,15 +17,28 @@ if TYPE_CHECKING:
     from reparam_export.report import Report
     from reparam_export.streaming import Plan
     from reparam_export.verification import VerifiedModel
-    from reparam_export.verification.certificate import WitnessEvidence
 
 SHOWN = 5  # created biases named one by one
 
 
-def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool = False, dry_run: bool = False) -> None:
-    """Shard by shard when the base is a Hugging Face folder and every kind can be, else in memory. Says which, and why."""
+def fuse_stage(
+    console: Console,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    witness: str = "auto",
+    verifying: bool = False,
+) -> None:
+    """Shard by shard when the base is a Hugging Face folder and every kind can be, else in memory. Says which, and why.
+
+    witness: who reads the checkpoint a second time; what is folded in memory is witnessed when it is verified, and so is what is streamed
+    where that follows (verifying) and the model fits.
+    """
     from reparam_export.inspection import in_order
     from reparam_export.streaming import NotStreamableError, kernel, plan_of
+    from reparam_export.streaming.formats import torch_name
 
     kernel.prepare()
     checkpoint = recipe.read_lightly()
@@ -47,7 +62,19 @@ def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool =
         )
         plan = plan_of(checkpoint, chosen)
     if plan is not None:
-        stream_stage(console, plan, recipe, folder, checkpoint.notes, resume=resume, dry_run=dry_run)
+        later = verifying and fits(
+            plan.size, [torch_name(p.code) for s in plan.shards for _, ps in s.units for p in ps]
+        )
+        stream_stage(
+            console,
+            plan,
+            recipe,
+            folder,
+            checkpoint.notes,
+            resume=resume,
+            dry_run=dry_run,
+            witness="later" if later else witness,
+        )
     elif not dry_run:
         memory_stage(console, recipe, folder)
     else:
@@ -57,10 +84,19 @@ def fuse_stage(console: Console, recipe: Recipe, folder: Path, *, resume: bool =
 
 
 def stream_stage(
-    console: Console, plan: Plan, recipe: Recipe, folder: Path, known: tuple[str, ...], *, resume: bool, dry_run: bool
+    console: Console,
+    plan: Plan,
+    recipe: Recipe,
+    folder: Path,
+    known: tuple[str, ...],
+    *,
+    resume: bool,
+    dry_run: bool,
+    witness: str = "auto",
 ) -> None:
     from reparam_export.report.numbers import size
     from reparam_export.streaming import expected, stream
+    from reparam_export.verification.certificate import witness_from_json
 
     found = expected(plan, folder)
     console.line(
@@ -86,12 +122,14 @@ def stream_stage(
         console.result(found)
         return
     with console.stage("fuse") as advance:
-        record = stream(plan, folder, dtype=recipe.dtype, resume=resume, advance=advance)
+        record = stream(plan, folder, dtype=recipe.dtype, resume=resume, advance=advance, witness=witness)
     console.line(
         f"fused {len(plan.checkpoint.adapters)} adapters into {len(record['changed'])} tensors: every stored entry proven"
     )
     show_narrowed(console, record["narrowed"])
     console.line(kept_line(record["survival"]))
+    if witness != "later":
+        witness_lines(console, [witness_from_json(each) for each in record["witness"]])
 
 
 def show_notes(console: Console, notes: tuple[str, ...], known: tuple[str, ...] = ()) -> None:
@@ -168,16 +206,25 @@ def check_model_fits(folder: Path) -> None:
     from reparam_export.errors import ExportError
 
     record = read_record(folder / "fused.json") if (folder / "fused.json").is_file() else {}
-    available = available_memory()
-    sizes = {"float32": 4, "float64": 8}
-    entries = int(record.get("bytes", 0)) / min((sizes.get(dtype, 2) for dtype in record.get("storage", {})), default=2)
-    needed = 20 * entries  # the unfused model in float64, and base, adapted and fused model in storage precision
-    if "weights" in record and available is not None and needed > available:
+    if "weights" in record and not fits(int(record.get("bytes", 0)), record.get("storage", {})):
+        needed, available = _of_proof(int(record.get("bytes", 0)), record.get("storage", {})), available_memory() or 0
         raise ExportError(
             f"{folder}: the proof of the outputs builds the model, also in float64: about {needed / 1e9:.0f} GB, of which "
             f"{available / 1e9:.0f} GB are free. The weights are proven: they were while they were written, as reparam-export report "
             "says. Verify where the model fits"
         )
+
+
+def fits(size: int, dtypes: Iterable[str]) -> bool:
+    """Is there memory for the proof of the outputs of a model of so many bytes, stored in these dtypes?"""
+    available = available_memory()
+    return available is None or _of_proof(size, dtypes) <= available
+
+
+def _of_proof(size: int, dtypes: Iterable[str]) -> float:
+    """Bytes: the unfused model in float64, and base, adapted and fused model in storage precision."""
+    sizes = {"float32": 4, "float64": 8}
+    return 20 * size / min((sizes.get(dtype, 2) for dtype in dtypes), default=2)
 
 
 def available_memory() -> int | None:
@@ -228,16 +275,6 @@ def proven(folder: Path) -> VerifiedModel:
     check_none(folder)
     with on_trial(folder):
         return load_proof(folder)
-
-
-def witness_lines(console: Console, heard: tuple[WitnessEvidence, ...]) -> None:
-    """Who read the checkpoint a second time; never silent where nobody did."""
-    from reparam_export.report.witness import agreed
-
-    for each in heard:
-        console.line(f"witness: {agreed(each)}" if each.who else f"no second witness: {each.absent}")
-        for note in each.notes:
-            console.line(f"note: {note}")
 
 
 def export_stage(

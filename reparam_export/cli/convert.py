@@ -68,7 +68,7 @@ def command(
     folder = out_folder(out, recipe)
     done = prepare(folder, recipe, resume=resume, overwrite=overwrite)
     if "fused" not in done:
-        fuse_stage(console, recipe, folder, resume="begun" in done)
+        fuse_stage(console, recipe, folder, resume="begun" in done, witness=witness, verifying=True)
     try:
         known = "proof" in done and same_samples(folder, inputs, count, seed) and witnessed(folder, witness)
         model = proven(folder) if known else verify_stage(console, folder, inputs, count, seed, witness)

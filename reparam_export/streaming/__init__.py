@@ -26,6 +26,7 @@ from reparam_export.streaming.plan import Plan, plan_of
 from reparam_export.streaming.shards import Place
 from reparam_export.streaming.source import NotStreamableError
 from reparam_export.streaming.staging import WEIGHTS, Staging, settle, write_synced
+from reparam_export.streaming.witness import heard_of
 from reparam_export.streaming.work import Work, folded_whole, memory_needed, seconds_expected, workers
 from reparam_export.verification.certificate import LayerEvidence, from_entry
 from reparam_export.verification.survival import least, overall
@@ -38,15 +39,23 @@ Advance = Callable[[int, int], None]
 
 
 def stream(
-    plan: Plan, out: Path | str, *, dtype: str | None = None, resume: bool = False, advance: Advance | None = None
+    plan: Plan,
+    out: Path | str,
+    *,
+    dtype: str | None = None,
+    resume: bool = False,
+    advance: Advance | None = None,
+    witness: str = "auto",
 ) -> dict[str, Any]:
     """Fold into ``out``; what ``fused.json`` then holds. Until all is written and proven, ``out`` keeps what it held.
 
     dtype: the storage that was asked for, where the plan's own is what was chosen for it ("auto"). resume: take up the finished shards
-    of an interrupted run. advance: called with (units of work done, units in all).
+    of an interrupted run. witness: who reads the checkpoint a second time, as for ``verify``.
+    advance: called with (units of work done, units in all).
     Raises EquivalenceError (a stored entry is not the rounded exact value), FusionError, ExportError (the disk), UsageError.
     """
     started = time.perf_counter()
+    heard = heard_of(plan, witness)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     staging = Staging(out, plan)
@@ -68,6 +77,7 @@ def stream(
         check_kept(plan.checkpoint, overall(layers_of(staging)))
         _beside(plan, staging)
         record = record_of(plan, staging, dtype, time.perf_counter() - started)
+        record["witness"] = [asdict(each) for each in heard]
         staging.commit(record)
     except OSError as error:
         staging.abandon()

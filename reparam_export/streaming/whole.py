@@ -63,10 +63,11 @@ def base64(touched: Touched) -> Affine:
 
 def adapters64(touched: Touched) -> list[Adapter]:
     """The adapters with float64 torch tensors; indices stay integers."""
-    return [replace(a, params=map_tensors(a.params, _tensor64)) for a in touched.adapters]
+    return [replace(a, params=map_tensors(a.params, tensor64)) for a in touched.adapters]
 
 
-def _tensor64(tensor: Any) -> Any:
+def tensor64(tensor: Any) -> Any:
+    """A float64 torch tensor of an adapter's; indices stay integers."""
     import torch
 
     stored = of_tensor("adapter", tensor)

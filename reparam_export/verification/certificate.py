@@ -203,6 +203,14 @@ def from_entry(entry: dict[str, Any]) -> LayerEvidence:
         raise CheckpointError(f"the proof of a layer is damaged ({error!r}); run fuse again") from error
 
 
+def witness_from_json(entry: dict[str, Any]) -> WitnessEvidence:
+    """One witness from its JSON. Raises CheckpointError when it is damaged."""
+    try:
+        return WitnessEvidence(**_values(entry))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"what the second witness said is damaged ({error!r}); run fuse again") from error
+
+
 def _build(target: Any, entry: dict[str, Any]) -> Any:
     return target(**_values(entry))
 

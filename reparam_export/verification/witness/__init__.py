@@ -10,7 +10,7 @@ library that wrote the file reads it once more, and both readings must agree. On
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -37,8 +37,9 @@ class UnableError(Exception):
 class Subject:
     """What a witness is shown. The base's numbers may be on torch's meta device; ``layer`` brings those of one module.
 
-    checkpoint: with its adapters bound to the base. fresh: the base as it is without the checkpoint, built anew. layer: one module of
-    the base with the whole tensors of the checkpoint in place, our side. reference: what our unfused model answers, where there is one.
+    checkpoint: with its adapters bound to the base. fresh: the base as it is without the checkpoint, built anew; on a skeleton, zeros stand
+    for weights. layer: one module of the base with the whole tensors of the checkpoint in place, our side. reference: what our unfused
+    model answers, where there is one.
     """
 
     checkpoint: Checkpoint
@@ -48,6 +49,7 @@ class Subject:
     reference: Reference | None = None
     seed: int = 0
     limit: int = LIMIT
+    numbers: frozenset[str] | None = None  # the modules whose numbers are to be had, on a skeleton; None: those of all
 
 
 class Witness(Protocol):
@@ -68,9 +70,38 @@ def hear(subject: Subject, wanted: str = "auto") -> tuple[WitnessEvidence, ...]:
     if wanted == "none":
         return (WitnessEvidence(absent="none was wanted (--witness none)"),)
     heard = (_library(subject),)
-    if wanted == "required" and not any(each.who for each in heard):
-        raise EquivalenceError(f"{subject.checkpoint.path}: no second witness, and one is required: {heard[0].absent}")
+    if wanted == "required":
+        check_present(subject.checkpoint, heard)
     return heard
+
+
+def check_present(checkpoint: Checkpoint, heard: Sequence[WitnessEvidence]) -> None:
+    """Raises EquivalenceError where there is no witness."""
+    if not any(each.who for each in heard):
+        raise EquivalenceError(f"{checkpoint.path}: no second witness, and one is required: {heard[0].absent}")
+
+
+def check_heard(checkpoint: Checkpoint, heard: Sequence[WitnessEvidence], wanted: str) -> None:
+    """Raises EquivalenceError where a witness differs, or is required and absent."""
+    if wanted == "required":
+        check_present(checkpoint, heard)
+    found = [text for each in heard for text in each.differences]
+    if found:
+        raise EquivalenceError(
+            f"{checkpoint.path}: the second witness reads the checkpoint in another way in {len(found)} places: {'; '.join(found[:3])}; "
+            "nothing was written",
+            layer=found[0].partition(":")[0],
+        )
+
+
+def known(checkpoint: Checkpoint) -> bool:
+    """Is there a library that is known to read such a checkpoint?"""
+    return any(each.accepts(checkpoint) for each in _libraries())
+
+
+def _libraries() -> list[Witness]:
+    names = plugins.names("verification.witness")
+    return [cast(Witness, plugins.load("verification.witness", name)) for name in names]
 
 
 def check_mode(wanted: str) -> None:
@@ -81,8 +112,7 @@ def check_mode(wanted: str) -> None:
 
 def _library(subject: Subject) -> WitnessEvidence:
     """The library that wrote the file."""
-    for name in plugins.names("verification.witness"):
-        witness = cast(Witness, plugins.load("verification.witness", name))
+    for witness in _libraries():
         if witness.accepts(subject.checkpoint):
             try:
                 return witness.testify(subject)

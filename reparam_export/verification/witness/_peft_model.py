@@ -40,8 +40,11 @@ class Read:
         return found
 
 
-def loaded(checkpoint: Checkpoint, fresh: Callable[[], nn.Module]) -> Read:
-    """What ``PeftModel.from_pretrained`` makes of the folder. Raises MissingBackendError, UnableError."""
+def loaded(checkpoint: Checkpoint, fresh: Callable[[], nn.Module], *, skeleton: bool = False) -> Read:
+    """What ``PeftModel.from_pretrained`` makes of the folder. Raises MissingBackendError, UnableError.
+
+    skeleton: the base has the dtypes that it is to have; a cast would give its weights of zeros their full size.
+    """
     from reparam_export.checkpoints._peft_layers import import_peft
 
     peft = import_peft()
@@ -49,7 +52,7 @@ def loaded(checkpoint: Checkpoint, fresh: Callable[[], nn.Module]) -> Read:
     if not any((folder / name).is_file() for name in WEIGHTS) or not (folder / "adapter_config.json").is_file():
         raise UnableError(f"{folder} does not hold {WEIGHTS[0]} and adapter_config.json, as peft loads them")
     probed = any(adapter.kind == "probed" for adapter in checkpoint.adapters)
-    attempts = ("as it is stored",) if probed else ("float64", "as it is stored")
+    attempts = ("as it is stored",) if probed or skeleton else ("float64", "as it is stored")
     failure: Exception | None = None
     for attempt in attempts:
         base = fresh()
@@ -57,7 +60,7 @@ def loaded(checkpoint: Checkpoint, fresh: Callable[[], nn.Module]) -> Read:
         try:
             with quiet(), offline():
                 model = _load(peft, base.double() if attempt == "float64" else base, folder, checkpoint.dropped)
-            return Read(model.double(), str(peft.__version__))
+            return Read(model if skeleton else model.double(), str(peft.__version__))
         except UnableError:
             raise
         except Exception as error:  # of another library on a damaged or foreign folder: many types, one meaning

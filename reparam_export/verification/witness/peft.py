@@ -19,6 +19,7 @@ from reparam_export.checkpoints import Adapter, Checkpoint
 from reparam_export.verification.certificate import WitnessEvidence
 from reparam_export.verification.witness import Subject, UnableError
 from reparam_export.verification.witness._layers import BOUND, answer, error, inputs_of, tensors_error, unfused
+from reparam_export.verification.witness._peft_alone import adapter_alone, with_base
 from reparam_export.verification.witness._peft_model import Read, below, loaded, of_name, tuner_layers
 from reparam_export.verification.witness._peft_settings import settings_parted
 from reparam_export.verification.witness._whole import whole_parted
@@ -42,7 +43,7 @@ def testify(subject: Subject) -> WitnessEvidence:
         from reparam_export.verification.witness._peft_stack import testify_of_stack
 
         return testify_of_stack(subject)
-    read = loaded(checkpoint, subject.fresh)
+    read = loaded(checkpoint, subject.fresh, skeleton=subject.numbers is not None)
     found = compare_layers(read, subject, checkpoint.adapters)
     whole = whole_parted(read.model, subject, f"peft {read.version}")
     return WitnessEvidence(
@@ -103,21 +104,35 @@ def compare_layers(read: Read, subject: Subject, adapters: Sequence[Adapter]) ->
 
 
 def _compare_numbers(found: Found, read: Read, subject: Subject, ours: Mapping[str, Sequence[Adapter]]) -> None:
-    for name in chosen(subject, list(ours)):
+    kept = chosen(subject, list(ours))
+    for name in kept:
         parted = _number(name, read.model.get_submodule(name), read, subject, ours[name])
-        if parted is None:
-            continue
-        found.tried += 1
-        found.error = max(found.error, parted)
-        if not parted <= BOUND:
-            found.differences.append(
-                f"{name}: the answers of peft {read.version}'s layer and ours differ by {parted:.2g} of what the adapter does there "
-                f"(at most {BOUND:g} is rounding)"
-            )
+        found.tried += parted is not None
+        _note_number(found, name, parted or 0.0, read.version)
+    apart = [] if subject.numbers is None else [name for name in ours if name not in subject.numbers]
+    alone = {name: adapter_alone(read.model.get_submodule(name), ours[name], subject.seed) for name in apart}
+    for name, parted in alone.items():
+        _note_number(found, name, parted or 0.0, read.version)
+    said = sum(parted is not None for parted in alone.values())
+    if said:
+        found.notes.append(
+            f"of {said} more layers the numbers were compared without the base layer, which a LoRA does not depend on"
+        )
+
+
+def _note_number(found: Found, name: str, parted: float, version: str) -> None:
+    found.error = max(found.error, parted)
+    if not parted <= BOUND:
+        found.differences.append(
+            f"{name}: the answers of peft {version}'s layer and ours differ by {parted:.2g} of what the adapter does there "
+            f"(at most {BOUND:g} is rounding)"
+        )
 
 
 def chosen(subject: Subject, names: Sequence[str]) -> list[str]:
     """All layers where they have no more entries than the limit, else a seeded choice that has no more; at least one."""
+    if subject.numbers is not None:
+        return [name for name in names if name in subject.numbers]
     drawn = list(names)
     random.Random(subject.seed).shuffle(drawn)
     kept: list[str] = []
@@ -134,6 +149,8 @@ def chosen(subject: Subject, names: Sequence[str]) -> list[str]:
 def _number(name: str, theirs: nn.Module, read: Read, subject: Subject, own: Sequence[Adapter]) -> float | None:
     """The relative difference of one layer; None for a module that is called in a way of its own and read by no parameter."""
     module = subject.layer(name)
+    if subject.numbers is not None:
+        theirs = with_base(theirs, module)
     base = copy.deepcopy(module).double()
     wrappers = of_name(theirs, "ParamWrapper")
     if wrappers:
