@@ -44,7 +44,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(case: str) -> Path:
         if not (root / case).exists():
             base = transformers.LlamaForCausalLM.from_pretrained(root / "base", dtype=torch.bfloat16)
-            settings: dict[str, Any] = {"r": 4, "lora_alpha": 9, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+            settings: dict[str, Any] = {
+                "r": 4,
+                "lora_alpha": 9,
+                "target_modules": "all-linear",
+                "task_type": "CAUSAL_LM",
+            }
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = peft.get_peft_model(base, peft.LoraConfig(**settings | CASES[case]))
@@ -67,7 +72,9 @@ def wrongly(checkpoint: Checkpoint, module: str, scale: float) -> Checkpoint:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("numpy", [False, True])
-def test_every_layer_of_a_streamed_fusion_is_witnessed(case: str, numpy: bool, made: Callable[[str], Path], tmp_path: Path) -> None:  # fmt: skip
+def test_every_layer_of_a_streamed_fusion_is_witnessed(
+    case: str, numpy: bool, made: Callable[[str], Path], tmp_path: Path
+) -> None:
     record = stream(plan_of(read(made(case), numpy=numpy)), tmp_path / "out")
     (said,) = record["witness"]
     assert (said["who"], said["settings"], said["layers"], said["of_layers"]) == ("peft", 14, 14, 14)
@@ -96,7 +103,9 @@ def test_a_misread_scale_is_found_out_before_anything_is_written(
 def test_layers_beyond_the_limit_are_said_and_plain_lora_is_compared_without_them(made: Callable[[str], Path]) -> None:
     (lora,), (dora,) = (hear(subject_of(plan_of(read(made(case))), limit=1)) for case in ("lora", "dora"))
     assert (lora.layers, lora.of_layers, dora.layers, dora.of_layers) == (1, 14, 1, 14)
-    assert lora.notes == ("of 13 more layers the numbers were compared without the base layer, which a LoRA does not depend on",)
+    assert lora.notes == (
+        "of 13 more layers the numbers were compared without the base layer, which a LoRA does not depend on",
+    )
     assert dora.notes == ()
 
 

@@ -33,11 +33,8 @@ if TYPE_CHECKING:
 
 def testify_of_stack(subject: Subject) -> WitnessEvidence:
     """As ``testify``, member by member, and of the whole that they make. The recipe says in which order and with which weights."""
-    recipe = subject.checkpoint.recipe
-    weights = [each.weight for each in (recipe, *recipe.others)]
-    members = subject.checkpoint.members or (subject.checkpoint,)
     model, found, version = subject.fresh().double(), Found(), ""
-    for member, weight in zip(members, weights, strict=True):
+    for member, weight in in_order(subject.checkpoint):
         before = model
         read = loaded(member, lambda before=before: copy.deepcopy(before))  # type: ignore[misc]
         alone = [replace(adapter, weight=1.0) for adapter in member.adapters]
@@ -59,6 +56,19 @@ def testify_of_stack(subject: Subject) -> WitnessEvidence:
         differences=(*found.differences, *whole.differences),
         notes=tuple(found.notes),
     )
+
+
+def in_order(checkpoint: Checkpoint) -> list[tuple[Checkpoint, float]]:
+    """The members as the user gave them, which the recipe says, with their weights. Raises UnableError where one is not among ours."""
+    left = list(checkpoint.members or (checkpoint,))
+    found = []
+    for recipe in (checkpoint.recipe, *checkpoint.recipe.others):
+        member = next((m for m in left if m.recipe.checkpoint == recipe.checkpoint), None)
+        if member is None:
+            raise UnableError(f"{recipe.checkpoint} is not among the checkpoints of this stack")
+        left.remove(member)
+        found.append((member, recipe.weight))
+    return found
 
 
 def _layers(before: nn.Module, member: Checkpoint) -> Any:
