@@ -311,11 +311,15 @@ def read_inputs(path: Path, signature: Signature) -> dict[str, Tensor]:
 
     Raises UsageError when a name, shape, dtype or range is not that of the signature, and for empty or non-finite data.
     """
+    return checked_inputs(path, read_arrays(path, signature.inputs[0].name), signature)
+
+
+def checked_inputs(path: Path, arrays: dict[str, np.ndarray[Any, Any]], signature: Signature) -> dict[str, Tensor]:
+    """The arrays as the signature's inputs. Raises UsageError as ``read_inputs`` does."""
     import numpy as np
     import torch
 
     expected = {i.name: i for i in signature.inputs}
-    arrays = read_arrays(path, next(iter(expected)))
     if set(expected) - set(arrays) == {"attention_mask"} and "input_ids" in arrays:
         arrays["attention_mask"] = np.ones(arrays["input_ids"].shape, np.int64)
     if set(arrays) != set(expected):

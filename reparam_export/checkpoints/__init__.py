@@ -194,6 +194,9 @@ class Parts:
     base_state: Mapping[str, Tensor] = field(default_factory=dict)  # the whole base, where the checkpoint carries it
     base_digests: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # of the base's parameters; see ``fit``
     notes: tuple[str, ...] = ()
+    expected: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # inputs, outputs (by name) and their dtype, where they were recorded
     covers: Covers | None = None  # which of a base's modules must be adapted; None: all alike those that are
     only: bool = False  # may no others be adapted?
     underscored: bool = False  # the adapters' modules are named with _ for the dots
@@ -234,6 +237,7 @@ class Checkpoint:
     bind: Bind | None = None  # the adapters of this base, where ``adapters`` only stand for them
     untied: tuple[str, ...] = ()  # names that it gives tensors of their own on this base
     members: tuple[Checkpoint, ...] = ()  # of a stack, in the order they act
+    expected: Mapping[str, Any] = field(default_factory=dict)  # of ``Parts``
     underscored: bool = False  # the adapters' modules are named with _ for the dots
     by_shapes: bool = False  # ``bind`` looks at the names and shapes of the base only, not at its numbers
     task: str | None = None  # peft's task_type
@@ -353,6 +357,7 @@ def read(
         missing=tuple(given.missing),
         copies=parts.copies,
         bind=parts.bind,
+        expected=parts.expected,
         underscored=parts.underscored,
         by_shapes=parts.by_shapes,
         task=parts.task,

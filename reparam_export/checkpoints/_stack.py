@@ -52,6 +52,7 @@ def stacked(checkpoints: Sequence[Checkpoint], weights: Sequence[float] | None =
         missing=tuple(e for m in members for e in m.missing),
         copies=frozenset(name for m in members for name in m.copies),
         bind=None,
+        expected={},
         members=members,
         dropped=tuple(name for m in members for name in m.dropped),
     )

@@ -7,7 +7,8 @@
      "adapters": [{"module": "blocks.0.attn.proj", "kind": "hydra", "rows": None or [start, stop],
                    "params": {"parallel": {"down": {"weight": tensor, "bias": tensor or None}, "up": {...}}, ...}}],
      "replaced": {name: tensor},
-     "notes": [str]}
+     "notes": [str],
+     "expected": None or {"inputs": {name: tensor}, "outputs": {name: tensor}, "dtype": "float32"}    what it answered; may be missing}
 
 ``params`` are the fields of the kind's ``Params``, nested as its dataclasses are. A GLoRA supernet has the path "unchosen" throughout: its
 candidate is given with ``--config``, as for the authors' file. A ``py:`` base is never taken from a file: naming code to
@@ -27,6 +28,7 @@ from reparam_export.checkpoints.glora_vit import path_of
 from reparam_export.errors import CheckpointError, ReparamError
 
 LOOKED_FOR = f'a torch file with "format": "{NATIVE}" (written by save())'
+PRECISIONS = ("float64", "float32", "bfloat16", "float16")
 BASES = ("timm:", "hf:", "open_clip:")
 
 
@@ -36,7 +38,16 @@ def accepts(source: Source) -> bool:
 
 def read(source: Source) -> Parts:
     content, path = source.content, source.path
-    unknown = set(content) - {"format", "base", "base_state", "base_digests", "adapters", "replaced", "notes"}
+    unknown = set(content) - {
+        "format",
+        "base",
+        "base_state",
+        "base_digests",
+        "adapters",
+        "replaced",
+        "notes",
+        "expected",
+    }
     if unknown:
         raise CheckpointError(
             f"{path}: unknown entry {sorted(unknown)[0]!r} in a {NATIVE} file; it was written by a newer version"
@@ -54,6 +65,7 @@ def read(source: Source) -> Parts:
         base_state=_tensors(path, content.get("base_state") or {}),
         base_digests=_digests(content.get("base_digests") or {}),
         notes=tuple(map(str, content.get("notes") or ())),
+        expected=_expected(path, content.get("expected")),
         covers=lambda names: [],  # attach() adapts what it is told to
     )
 
@@ -128,6 +140,24 @@ def _digests(value: Any) -> dict[str, tuple[str, str]]:
                 f"'base_digests' must map names to a dtype and a digest, found {name!r}: {(dtype, content)!r}"
             )
     return found
+
+
+def _expected(path: Path, value: Any) -> dict[str, Any]:
+    """A few inputs with the answers that the trained model gave, for the second witness."""
+    if value is None:
+        return {}
+    if (
+        not isinstance(value, Mapping)
+        or set(value) != {"inputs", "outputs", "dtype"}
+        or value["dtype"] not in PRECISIONS
+    ):
+        raise CheckpointError(
+            f"{path}: 'expected' must hold inputs, outputs and their dtype, one of {', '.join(PRECISIONS)}"
+        )
+    inputs, outputs = _tensors(path, value["inputs"]), _tensors(path, value["outputs"])
+    if not inputs or not outputs:
+        raise CheckpointError(f"{path}: 'expected' holds no inputs or no outputs")
+    return {"inputs": inputs, "outputs": outputs, "dtype": str(value["dtype"])}
 
 
 def _tensors(path: Path, value: Any) -> dict[str, Any]:

@@ -99,9 +99,15 @@ SAMPLES = stack(
 )
 WITNESS = click.option(
     "--witness",
-    metavar="auto|required|none",
+    metavar="auto|required|none|py:FILE.py:FUNCTION",
     default="auto",
-    help="Second reading of the checkpoint by the library that wrote it; required: exit 1 without one.  [auto]",
+    help="Second reading of the checkpoint, by the library that wrote it, or the adapted model as your own code makes it.  [auto]",
+)
+EXPECTED = click.option(
+    "--expected",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Inputs and the answers that your own training code gave: .npz, by name.",
 )
 EXPORT = stack(
     click.option(

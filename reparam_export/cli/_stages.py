@@ -238,7 +238,13 @@ def available_memory() -> int | None:
 
 
 def verify_stage(
-    console: Console, folder: Path, inputs: Path | None, count: int, seed: int, witness: str = "auto"
+    console: Console,
+    folder: Path,
+    inputs: Path | None,
+    count: int,
+    seed: int,
+    witness: str = "auto",
+    expected: Path | None = None,
 ) -> VerifiedModel:
     from reparam_export import verify as prove
     from reparam_export.folder import load_fused, save_proof
@@ -250,7 +256,9 @@ def verify_stage(
     with console.stage("verify") as advance, on_trial(folder):
         checkpoint, weights = load_fused(folder)
         try:
-            model = prove(checkpoint, weights, inputs, count=count, seed=seed, advance=advance, witness=witness)
+            model = prove(
+                checkpoint, weights, inputs, count=count, seed=seed, advance=advance, witness=witness, expected=expected
+            )
         except EquivalenceError as error:
             if isinstance(error.evidence, Certificate):
                 save_proof(folder, error.evidence, None)

@@ -12,6 +12,7 @@ from reparam_export.cli._options import (
     AGAIN,
     CHECKPOINT,
     DTYPE,
+    EXPECTED,
     EXPORT,
     JSON,
     OUT,
@@ -36,6 +37,7 @@ from reparam_export.cli._stages import (
 @DTYPE
 @SAMPLES
 @WITNESS
+@EXPECTED
 @EXPORT
 @BENCH
 @OUT
@@ -51,6 +53,7 @@ def command(
     count: int,
     seed: int,
     witness: str,
+    expected: Path | None,
     bench: bool,
     max_time: str,
     **given: Any,
@@ -70,8 +73,8 @@ def command(
     if "fused" not in done:
         fuse_stage(console, recipe, folder, resume="begun" in done, witness=witness, verifying=True)
     try:
-        known = "proof" in done and same_samples(folder, inputs, count, seed) and witnessed(folder, witness)
-        model = proven(folder) if known else verify_stage(console, folder, inputs, count, seed, witness)
+        known = "proof" in done and same_samples(folder, inputs, count, seed) and witnessed(folder, witness, expected)
+        model = proven(folder) if known else verify_stage(console, folder, inputs, count, seed, witness, expected)
         artifacts = export_stage(console, model, folder, **options)
         found = bench_stage(console, folder, options["precision"], settings) if bench else None
     finally:

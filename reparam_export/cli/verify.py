@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from reparam_export.cli._options import FOLDER, JSON, SAMPLES, WITNESS
+from reparam_export.cli._options import EXPECTED, FOLDER, JSON, SAMPLES, WITNESS
 from reparam_export.cli._stages import console_of, read_record, verify_stage
 
 
@@ -14,12 +14,15 @@ from reparam_export.cli._stages import console_of, read_record, verify_stage
 @FOLDER
 @SAMPLES
 @WITNESS
+@EXPECTED
 @JSON
-def command(folder: Path, inputs: Path | None, count: int, seed: int, witness: str, as_json: bool) -> None:
+def command(
+    folder: Path, inputs: Path | None, count: int, seed: int, witness: str, expected: Path | None, as_json: bool
+) -> None:
     """Prove that the fused weights in FOLDER are the trained model: writes verification.json."""
     console = console_of(as_json)
     try:
-        verify_stage(console, folder, inputs, count, seed, witness)
+        verify_stage(console, folder, inputs, count, seed, witness, expected)
     finally:
         if (folder / "verification.json").is_file():
             console.result({"folder": str(folder), **read_record(folder / "verification.json")})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Mapping
 from functools import partial, reduce
@@ -18,7 +19,7 @@ from reparam_export.checkpoints.native import BASES, to_plain
 from reparam_export.errors import CheckpointError, MissingSettingError, UsageError
 from reparam_export.files import PICKLES, replace_file
 from reparam_export.fit import check_shapes, touched_module
-from reparam_export.models import Signature, outputs_of_call, samples, split_argument
+from reparam_export.models import Input, Signature, named_outputs, outputs_of_call, samples, split_argument
 from reparam_export.training.attach import Attached, attached_layer, attached_of, plain_map, put
 from reparam_export.training.frozen import told_apart
 
@@ -26,7 +27,14 @@ ROUNDINGS = 256  # in which two computations of the same model may differ
 T = TypeVar("T")
 
 
-def save(model: nn.Module, path: str | Path, *, base: str | None, base_state: bool | None = None) -> None:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    base: str | None,
+    base_state: bool | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write the trained model to ``path`` (.pt), as our own format; the file appears whole or not at all.
 
     base: spec of the plain base, "timm:...", "hf:..." or "open_clip:..."; None: to be given when it is read. A relative folder of the
@@ -35,6 +43,8 @@ def save(model: nn.Module, path: str | Path, *, base: str | None, base_state: bo
     without pretrained=true, which exists nowhere else. Without them, their digests: another base is refused when the file is read.
     ``replaced`` are running statistics and all else that was trained, frozen by now or not. Wrappers (torch.compile, DataParallel)
     are taken off.
+    inputs: a few, by the names that the forward has, for the second witness: they are saved with what the model answers in eval mode, and
+    ``verify`` holds the fused model's reference against that; default: 2 random images for a timm base without pretrained=true.
     Of a supernet without a fixed candidate, all paths are saved; ``--config checkpoint-N.pth.tar`` then chooses.
     Raises UsageError for a model without adapters, a base or an ending that cannot be read back, and for a timm base that is
     another model than this one (the file is written then, too).
@@ -43,10 +53,15 @@ def save(model: nn.Module, path: str | Path, *, base: str | None, base_state: bo
     _check_saveable(path, model, base)
     with_base = _exists_nowhere_else(base) if base_state is None else base_state
     content = _content(model, None if base is None else placed(base, partial(_from, path.parent)), with_base=with_base)
+    if inputs is not None:
+        content["expected"] = answers_of(model, inputs)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda unfinished: torch.save(content, unfinished))
     if with_base and base is not None and base.startswith("timm:"):
-        check_saved(path, getattr(model, "_orig_mod", model))
+        recorded = check_saved(path, getattr(model, "_orig_mod", model))
+        if recorded is not None and inputs is None:
+            content["expected"] = recorded
+            replace_file(path, lambda unfinished: torch.save(content, unfinished))
 
 
 def _check_saveable(path: Path, model: nn.Module, base: str | None) -> None:
@@ -89,8 +104,10 @@ def _content(model: nn.Module, base: str | None, *, with_base: bool) -> dict[str
 
 
 @torch.no_grad()
-def check_saved(path: Path, model: nn.Module) -> None:
+def check_saved(path: Path, model: nn.Module) -> dict[str, Any] | None:
     """Does what was saved on a timm base answer as the model in hand? A spec can leave out what no tensor tells, as the heads.
+
+    Gives the images and the answers of the model in hand, as ``answers_of`` does; None where they are no numbers.
 
     A supernet without a path has no answers, and one that diverged none that could be compared; reading the file says so.
     Raises UsageError; the file stays, since another base can be given with it.
@@ -98,7 +115,7 @@ def check_saved(path: Path, model: nn.Module) -> None:
     try:
         checkpoint = read(path)
     except (MissingSettingError, CheckpointError):
-        return
+        return None
     modes = {module: module.training for module in model.modules()}
     like = next(p for p in model.parameters() if p.is_floating_point())
     again, signature = with_signature(checkpoint)
@@ -117,6 +134,49 @@ def check_saved(path: Path, model: nn.Module) -> None:
                 f"{path}: written, but its base {checkpoint.base!r} with these adapters is not the model in hand: on the same images "
                 f"their outputs differ by {gap:.2g} of {size:.2g}; name in the spec what the model was made with, and save it again"
             )
+
+    return _recorded(
+        dict(zip((i.name for i in signature.inputs), images, strict=True)),
+        dict(zip(signature.outputs, expected, strict=True)),
+    )
+
+
+@torch.no_grad()
+def answers_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the model answers to these, in eval mode, on its own device and in its own dtype: ``expected`` of the format.
+
+    Raises UsageError for a model that answers with no tensor of numbers.
+    """
+    model = getattr(model, "_orig_mod", model)
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    given = {
+        n: t.to(like.device, like.dtype) if t.is_floating_point() else t.to(like.device) for n, t in inputs.items()
+    }
+    by_name = set(given) <= set(inspect.signature(model.forward).parameters)
+    signature = Signature(tuple(Input(n, tuple(t.shape)) for n, t in given.items()), (), {"by_name": by_name})
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            found = named_outputs(model.eval(), signature, tuple(given.values()))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    recorded = _recorded(given, {n: t for n, t in found.items() if t.is_floating_point()})
+    if recorded is None:
+        raise UsageError("inputs: the model answers them with no finite numbers, so there is nothing to record")
+    return recorded
+
+
+def _recorded(inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    if not outputs or not all(bool(t.isfinite().all()) for t in outputs.values()):
+        return None
+    dtype = next(iter(outputs.values())).dtype
+    kept = {n: (t.float() if t.is_floating_point() else t).cpu().contiguous() for n, t in inputs.items()}
+    return {
+        "inputs": kept,
+        "outputs": {n: t.detach().cpu().contiguous() for n, t in outputs.items()},
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def load(

@@ -85,13 +85,15 @@ def verify(
     exhaustive_limit: int = EXHAUSTIVE_LIMIT,
     advance: Advance | None = None,
     witness: str = "auto",
+    expected: str | Path | None = None,
 ) -> VerifiedModel:
     """Prove that ``weights`` is the checkpoint's adapted model. Raises EquivalenceError with the certificate as evidence.
 
     inputs: real samples (.npy or .npz file, or tensors by input name); None: ``count`` random ones of the base's input spec.
     exhaustive_limit: layers with in * in * out above it are probed instead of read out entry by entry.
     advance: called with (layers done, layers in all).
-    witness: who reads the checkpoint a second time: "auto", "required", "none".
+    witness: who reads the checkpoint a second time: "auto", "required", "none", or "py:FILE.py:FUNCTION", which returns
+    the adapted model as it was trained. expected: .npz file of inputs and of the answers that the user's own training code gave.
     """
     check_mode(witness)
     base, signature, on_base = opened(checkpoint)
@@ -102,10 +104,11 @@ def verify(
     reference, outputs, layer, idle = prove_outputs(base, on_base, weights, signature, given)
     subject = Subject(
         checkpoint=on_base,
-        fresh=lambda: base_of(checkpoint).build()[0],
+        fresh=lambda: base_of(on_base).build()[0],
         layer=base.get_submodule,
         signature=signature,
         reference=reference,
+        unfused=lambda dtype: _unfused(base, on_base, dtype),
         seed=seed,
     )
     certificate = Certificate(
@@ -125,7 +128,7 @@ def verify(
         samples={"source": source, "count": reference.samples},
         unexercised=idle,
         versions=versions(),
-        witness=hear(subject, witness),
+        witness=hear(subject, witness, expected),
     )
     if certificate.verdict == "wrong":
         raise refusal(certificate, layer)
@@ -196,9 +199,7 @@ def prove_outputs(
     import torch
 
     def unfused(dtype: torch.dtype) -> nn.Module:
-        whole = place(copied(base), checkpoint.replaced)  # as they were trained, not in the base's dtypes
-        with foreign(type(base).__name__, f"cast to {str(dtype).removeprefix('torch.')} with its adapters in it"):
-            return adapted(whole, checkpoint.adapters, dtype)
+        return _unfused(base, checkpoint, dtype)
 
     dtype = storage_dtype(weights)
     reference_model = unfused(torch.float64)
@@ -243,6 +244,13 @@ def _moved(
         plain = place(plain, checkpoint.replaced)
     found = run(plain.to(torch.float64), signature, given, torch.float64)
     return {name: distance(tensor, truth[name]) for name, tensor in zip(signature.outputs, found, strict=True)}
+
+
+def _unfused(base: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    """Our unfused model: the base with the whole tensors as they were trained, not in the base's dtypes, and the adapters."""
+    whole = place(copied(base), checkpoint.replaced)
+    with foreign(type(base).__name__, f"cast to {str(dtype).removeprefix('torch.')} with its adapters in it"):
+        return adapted(whole, checkpoint.adapters, dtype)
 
 
 def _check_repeatable(checkpoint: Checkpoint, once: Sequence[Tensor], again: Sequence[Tensor]) -> None:

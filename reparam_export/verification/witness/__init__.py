@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from reparam_export import plugins
 from reparam_export.checkpoints import Checkpoint
 from reparam_export.errors import EquivalenceError, MissingBackendError, UsageError
+from reparam_export.files import sha256
 from reparam_export.verification.certificate import WitnessEvidence
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from reparam_export.models import Signature
@@ -39,7 +42,7 @@ class Subject:
 
     checkpoint: with its adapters bound to the base. fresh: the base as it is without the checkpoint, built anew; on a skeleton, zeros stand
     for weights. layer: one module of the base with the whole tensors of the checkpoint in place, our side. reference: what our unfused
-    model answers, where there is one.
+    model answers, where there is one. unfused: our unfused model in one dtype.
     """
 
     checkpoint: Checkpoint
@@ -47,6 +50,7 @@ class Subject:
     layer: Callable[[str], nn.Module]
     signature: Signature | None = None
     reference: Reference | None = None
+    unfused: Callable[[torch.dtype], nn.Module] | None = None
     seed: int = 0
     limit: int = LIMIT
     numbers: frozenset[str] | None = None  # the modules whose numbers are to be had, on a skeleton; None: those of all
@@ -61,15 +65,18 @@ class Witness(Protocol):
     def testify(self, subject: Subject) -> WitnessEvidence: ...
 
 
-def hear(subject: Subject, wanted: str = "auto") -> tuple[WitnessEvidence, ...]:
+def hear(subject: Subject, wanted: str = "auto", expected: str | Path | None = None) -> tuple[WitnessEvidence, ...]:
     """What the witnesses say; one entry that says why where there is none.
 
-    wanted: "auto", "required" (raises EquivalenceError where there is none) or "none".
+    wanted: "auto", "required" (raises EquivalenceError where there is none), "none" or "py:FILE.py:FUNCTION". expected: an .npz file of
+    inputs and answers.
     """
     check_mode(wanted)
+    own = _own_code(subject, wanted, expected)
     if wanted == "none":
-        return (WitnessEvidence(absent="none was wanted (--witness none)"),)
-    heard = (_library(subject),)
+        return own or (WitnessEvidence(absent="none was wanted (--witness none)"),)
+    library = _library(subject)
+    heard = (library, *own) if library.who or not own else own
     if wanted == "required":
         check_present(subject.checkpoint, heard)
     return heard
@@ -105,9 +112,26 @@ def _libraries() -> list[Witness]:
 
 
 def check_mode(wanted: str) -> None:
-    """Raises UsageError for a word that is none of MODES."""
-    if wanted not in MODES:
-        raise UsageError(f"--witness {wanted!r}: expected {', '.join(MODES)}")
+    """Raises UsageError for a word that is none of MODES, and names no code."""
+    if wanted not in MODES and not wanted.startswith("py:"):
+        raise UsageError(f"--witness {wanted!r}: expected {', '.join(MODES)} or py:FILE.py:FUNCTION")
+
+
+def _own_code(subject: Subject, wanted: str, expected: str | Path | None) -> tuple[WitnessEvidence, ...]:
+    """What the user's own training code says: the model that it makes, the answers that it gave."""
+    from reparam_export.verification.witness import _code
+
+    heard = []
+    if wanted.startswith("py:"):
+        heard.append(_code.model_of_code(subject, wanted))
+    if expected is not None:
+        path = Path(expected)
+        answers = _code.read_answers(path, subject)
+        heard.append(_code.expected_answers(subject, answers, path.name, f"sha256 {sha256(path)[:12]}"))
+    recorded = _code.answers_of_checkpoint(subject.checkpoint.expected) if subject.unfused else None
+    if recorded is not None and wanted != "none":
+        heard.append(_code.expected_answers(subject, recorded, "the answers in the checkpoint", ""))
+    return tuple(heard)
 
 
 def _library(subject: Subject) -> WitnessEvidence:
