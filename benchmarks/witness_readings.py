@@ -79,7 +79,7 @@ def on_adapters(how: Misread) -> Plant:
         return replace(
             checkpoint,
             adapters=checkpoint.adapters if bind else tuple(how(list(checkpoint.adapters))),
-            bind=None if bind is None else lambda module: how(list(bind(module))),
+            bind=None if bind is None else lambda module, own: how(list(bind(module, own))),
             covers=lambda names: [],
             only=False,
         )

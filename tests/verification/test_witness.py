@@ -39,7 +39,7 @@ def misread(checkpoint: Checkpoint, how: Misread) -> Checkpoint:
     return replace(
         checkpoint,
         adapters=of(checkpoint.adapters),
-        bind=None if bind is None else lambda module: of(bind(module)),
+        bind=None if bind is None else lambda module, own: of(bind(module, own)),
         covers=lambda names: [],
         only=False,
     )

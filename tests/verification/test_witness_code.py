@@ -87,7 +87,7 @@ def test_the_users_own_model_bears_witness(trained: tuple[Path, list[str], Any])
     heard = rx.verify(checkpoint, weights, witness=f"py:{file}:adapted").certificate.witness[-1]
     assert (heard.who, heard.outputs) == (f"py:{file}:adapted", 1)
     assert heard.output_error < 1e-7  # the file holds alpha in float32
-    with pytest.raises(EquivalenceError, match="output output: the unfused model of py:.*other and ours differ"):
+    with pytest.raises(EquivalenceError, match=r"output output: the unfused model of py:.*other and ours differ"):
         rx.verify(checkpoint, weights, witness=f"py:{file}:other")
     with pytest.raises(CheckpointError, match="expected the adapted model, called as its base is"):
         rx.verify(checkpoint, weights, witness=f"py:{file}:broken")
