@@ -12,9 +12,9 @@ A ``Site`` is one matrix that adapters act on: the weight of such a layer, or a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from reparam_export.affine import Affine
 from reparam_export.checkpoints import Adapter
@@ -113,6 +113,9 @@ def layout_of(name: str, module: nn.Module) -> Layout:
     own = plain is not None and type(module).forward is not plain.forward
     if plain is nn.LayerNorm and own:  # timm's has a forward of its own
         own = not _scales_and_shifts(module)
+    elif plain is not None and plain not in norms and own:  # Falcon's linear layers
+        own = not _is_plain(module, plain)
+    own = own or "forward" in vars(module)
     if "weight" not in module._parameters or hooks or own or getattr(module, "max_norm", None) is not None:
         raise FusionError(
             f"{name}: a {type(module).__name__} whose forward is not the plain map of its weight "
@@ -138,6 +141,75 @@ def layout_of(name: str, module: nn.Module) -> Layout:
         f"{name}: the adapter sits on a {type(module).__name__}, which holds no plain weight matrix; "
         "expected Linear, Conv1D, Conv or Embedding"
     )
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Does this subclass of nn.Linear, nn.Embedding or a convolution compute what these do, on inputs of several sizes, in float64?
+
+    Tried on a small layer of the same class and settings, so that neither a layer's size nor the meta device matters. One that has
+    other parameters or layers in it is not plain.
+    """
+    import torch
+
+    from reparam_export.float64 import pure_float64
+
+    forwards: list[Any] = [type(module).forward, kind.forward]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad(), pure_float64():
+            small = _shrunk(module, generator)
+            for x in _probes(small, generator):
+                found, expected = (forward(small, x) for forward in forwards)
+                if found.shape != expected.shape or found.dtype != expected.dtype:
+                    return False
+                if not torch.allclose(found, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max())):
+                    return False
+    except Exception:  # a forward of somebody else's, on what it is not made for
+        return False
+    return True
+
+
+def _shrunk(module: nn.Module, generator: torch.Generator) -> Any:
+    """A layer of the same class and settings with few random numbers in float64. Raises ValueError for one that holds anything else."""
+    import torch
+    from torch import nn
+
+    small: Any = copy.copy(module)
+    if module._modules or module._parameters.keys() - {"weight", "bias"}:
+        raise ValueError("it holds more than a weight and a bias")
+    if isinstance(module, nn.Embedding):
+        small.num_embeddings, small.embedding_dim, shape = 11, 6, (11, 6)
+        small.padding_idx = None if module.padding_idx is None else module.padding_idx % 11
+    elif isinstance(module, nn.Linear):
+        small.in_features, small.out_features, shape = 5, 7, (7, 5)
+    else:
+        groups, kernel = (getattr(module, name) for name in ("groups", "kernel_size"))
+        small.in_channels, small.out_channels, shape = 3 * groups, 2 * groups, (2 * groups, 3, *kernel)
+    shapes = {"weight": shape, "bias": shape[:1]}
+    small.__dict__["_parameters"] = {
+        name: None if old is None else nn.Parameter(torch.randn(shapes[name], generator=generator, dtype=torch.float64))
+        for name, old in module._parameters.items()
+    }
+    return small
+
+
+def _probes(small: Any, generator: torch.Generator) -> Iterator[Tensor]:
+    """Seeded inputs of several shapes, and for the numbers of several sizes, those of attention masks and far outliers among them."""
+    import torch
+    from torch import nn
+
+    if isinstance(small, nn.Embedding):
+        for shape in ((3,), (1, 1), (2, 9)):
+            yield torch.randint(small.num_embeddings, shape, generator=generator)
+        return
+    if isinstance(small, nn.Linear):
+        shapes: list[tuple[int, ...]] = [(1, 5), (4, 5), (2, 3, 5), (1, 150, 5)]
+    else:
+        spatial = [(size - 1) * gap + 1 for size, gap in zip(small.kernel_size, small.dilation, strict=True)]
+        shapes = [(2, small.in_channels, *(size + more for size in spatial)) for more in (0, 4, 9)]
+    for shape in shapes:
+        for scale in (0.01, 1.0, 100.0, 1e5):
+            yield scale * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _scales_and_shifts(norm: nn.Module) -> bool:

@@ -1,36 +1,184 @@
-"""Norms with a forward of their own: plain where they scale and shift, whatever axis their channels are on, also without numbers."""
+"""Layers with a forward of their own: those that are plain when they are probed are folded, the others refused by name."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from timm.layers import LayerNorm2d
+from safetensors.torch import load_file
+from test_cli import error_of, run
+from torch import nn
+from torch.nn import functional as F
 
+import reparam_export as rx
 from reparam_export.errors import FusionError
 from reparam_export.layouts import layout_of
 
 
-class Squared(torch.nn.LayerNorm):
+class Transposed(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) ** 2
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
 
 
-def of_transformers() -> list[torch.nn.Module]:
-    convnext = pytest.importorskip("transformers.models.convnext.modeling_convnext")
-    return [convnext.ConvNextLayerNorm(6, data_format=form) for form in ("channels_first", "channels_last")]
+class Cast(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1.0001 * F.linear(x, self.weight, self.bias)
+
+
+class Clipped(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias).clamp(-1e4, 1e4)
+
+
+class NoBias(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
+class Centred(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y - y.mean(-2, keepdim=True) if x.ndim > 2 else y
+
+
+class More(nn.Linear):
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gain * F.linear(x, self.weight, self.bias)
+
+
+class Router(nn.Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), x
+
+
+class Words(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weight[ids]
+
+
+class ScaledWords(nn.Embedding):
+    scale = 8.0
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * self.scale
+
+
+class Positions(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids + 2)
+
+
+class Patches(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Same(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.pad(x, (1, 0, 1, 0)))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_norms_with_a_forward_of_their_own(device: str) -> None:
-    for norm in (*of_transformers(), LayerNorm2d(6)):
-        assert layout_of("norm", norm.to(device)) == "norm"
-    with pytest.raises(FusionError, match="a forward of its own"):
-        layout_of("norm", Squared(6).to(device))
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [Transposed, Cast])
+def test_a_linear_layer_that_is_plain_when_probed(kind: type[nn.Linear], bias: bool, device: str) -> None:
+    assert layout_of("a", kind(30, 40, bias, device=device)) == "linear"
 
 
-def test_a_norm_that_adds_one_to_its_weight_is_refused_and_not_run_on_the_meta_device() -> None:
-    nemotron = pytest.importorskip("transformers.models.nemotron.modeling_nemotron")
-    with torch.device("meta"):
-        norm = nemotron.NemotronLayerNorm1P(6)
+@pytest.mark.parametrize(
+    ("layer", "layout"),
+    [(Words(50, 4, padding_idx=49), "embedding"), (Patches(3, 8, 3, stride=2, padding=1, dilation=2), "conv")],
+)
+def test_embeddings_and_convolutions_that_are_plain_when_probed(layer: nn.Module, layout: str) -> None:
+    assert layout_of("a", layer) == layout
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(kind(6, 4) for kind in (Scaled, Clipped, NoBias, Centred, More, Router)),
+        ScaledWords(20, 4),
+        Positions(20, 4),
+        Same(3, 8, 3),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_one_that_is_not_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(FusionError, match=f"a {type(layer).__name__} whose forward is not the plain map"):
+        layout_of("a", layer)
+
+
+def test_a_forward_put_on_one_layer_is_refused() -> None:
+    layer = nn.Linear(3, 4)
+    layer.forward = lambda x: x  # type: ignore[method-assign]
     with pytest.raises(FusionError, match="a forward of its own"):
-        layout_of("norm", norm)
+        layout_of("a", layer)
+
+
+def randomized(model: Any, folder: Path) -> Any:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.save_pretrained(folder)
+    return model.double().eval()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("bias", [True, False])
+def test_falcon_is_folded_by_rows_and_in_memory(tmp_path: Path, bias: bool) -> None:
+    """Its own linear layers, x W^T + b; against peft's unfused forward in float64."""
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bias=bias, tie_word_embeddings=False
+    )
+    base = transformers.FalconForCausalLM(config)
+    base.save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(r=4, lora_alpha=10, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = randomized(peft.get_peft_model(base, settings), tmp_path / "adapter")
+    words = ("convert", tmp_path / "adapter", "--base", f"hf:{tmp_path / 'base'}", "--to", "safetensors")
+    result = run(*words, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "shards" in result.stdout  # by rows
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 60, (2, 9)))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf").double().eval()(ids).logits
+    assert float((found - expected).abs().max()) < 2e-6 * float(expected.abs().max())
+    checkpoint = rx.read(tmp_path / "adapter", f"hf:{tmp_path / 'base'}")
+    streamed = load_file(tmp_path / "out" / "hf" / "model.safetensors")
+    assert all(torch.equal(streamed[name], tensor) for name, tensor in rx.fuse(checkpoint).tensors.items())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_scaled_word_embeddings_are_refused(tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GemmaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    base = transformers.GemmaForCausalLM(config)
+    base.save_pretrained(tmp_path / "base")
+    randomized(peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["embed_tokens"])), tmp_path / "adapter")
+    result = run("fuse", tmp_path / "adapter", "--base", f"hf:{tmp_path / 'base'}", "-o", tmp_path / "out")
+    assert result.exit_code == 4, result.output
+    assert "ScaledWordEmbedding whose forward is not the plain map" in error_of(result)
