@@ -175,17 +175,21 @@ def _shrunk(module: nn.Module, generator: torch.Generator) -> Any:
     from torch import nn
 
     small: Any = copy.copy(module)
+    shape: tuple[int, ...]
     if module._modules or module._parameters.keys() - {"weight", "bias"}:
         raise ValueError("it holds more than a weight and a bias")
     if isinstance(module, nn.Embedding):
-        small.num_embeddings, small.embedding_dim, shape = 11, 6, (11, 6)
+        shape = (11, 6)
+        small.num_embeddings, small.embedding_dim = shape
         small.padding_idx = None if module.padding_idx is None else module.padding_idx % 11
     elif isinstance(module, nn.Linear):
-        small.in_features, small.out_features, shape = 5, 7, (7, 5)
+        shape = (7, 5)
+        small.out_features, small.in_features = shape
     else:
         groups, kernel = (getattr(module, name) for name in ("groups", "kernel_size"))
-        small.in_channels, small.out_channels, shape = 3 * groups, 2 * groups, (2 * groups, 3, *kernel)
-    shapes = {"weight": shape, "bias": shape[:1]}
+        shape = (2 * groups, 3, *kernel)
+        small.out_channels, small.in_channels = 2 * groups, 3 * groups
+    shapes: dict[str, tuple[int, ...]] = {"weight": shape, "bias": shape[:1]}
     small.__dict__["_parameters"] = {
         name: None if old is None else nn.Parameter(torch.randn(shapes[name], generator=generator, dtype=torch.float64))
         for name, old in module._parameters.items()
