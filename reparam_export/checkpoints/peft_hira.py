@@ -1,4 +1,7 @@
-"""PEFT HiRA folders: ``hira_A`` and ``hira_B`` of each module, ``hira_embedding_A`` and ``hira_embedding_B`` of an embedding."""
+"""PEFT HiRA folders: ``hira_A`` and ``hira_B`` of each module, ``hira_embedding_A`` and ``hira_embedding_B`` of an embedding.
+
+peft 0.21 passes over the ranks of ``rank_pattern``: the tensors have rank r all the same. The rank is no part of the scale.
+"""
 
 from __future__ import annotations
 
@@ -23,5 +26,6 @@ def _params(layer: Layer) -> tuple[str, Any]:
     down = layer.take_if("hira_embedding_A")
     name = "hira_" if down is None else "hira_embedding_"
     down = layer.take("hira_A") if down is None else down
-    layer.check_rank(int(down.shape[0]))
+    if int(down.shape[0]) != layer.setting("r", 0):
+        layer.check_rank(int(down.shape[0]))
     return "hira", hira.Params(Bottleneck(Affine(as_matrix(down)), Affine(as_matrix(layer.take(f"{name}B")))))

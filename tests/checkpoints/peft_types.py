@@ -441,6 +441,7 @@ CASES = [
     case("delora", peft.DeloraConfig, PLAIN, r=3, delora_lambda=5, rank_pattern={"second": 2}, **RANDOM),
     case("hira", peft.HiraConfig, LINEAR, r=3, **RANDOM),
     case("hira convolutions", peft.HiraConfig, CONV, Convolutions, r=3, **RANDOM),
+    case("hira pattern", peft.HiraConfig, LINEAR, r=3, rank_pattern={"second": 2}, **RANDOM),
     case("hira embedding", peft.HiraConfig, ["embed", "fc"], Tokens, r=3, **RANDOM),
     case("vblora", peft.VBLoRAConfig, LINEAR, r=3, num_vectors=9, vector_length=4, topk=2),
     case(

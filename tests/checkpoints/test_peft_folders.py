@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import reparam_export as rx
+from reparam_export.checkpoints import Recipe
 from reparam_export.errors import ReparamError
+from reparam_export.folder import load_fused
 from reparam_export.streaming import stream
 
 IDS = torch.randint(3, 100, (3, 9), generator=torch.Generator().manual_seed(5))
@@ -73,6 +75,7 @@ def test_the_patterns_that_peft_writes_for_experts_are_matched_with_the_paramete
 
 
 ROWS = 100
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS = ["q_proj", "down_proj"]
 
 
@@ -208,3 +211,24 @@ def test_a_table_of_other_rows_whose_partner_is_missing_is_refused(left: str, st
     with pytest.raises(ReparamError, match=r"rows|not of the base's size") as caught:
         rx.plan_of(rx.read(adapter)) if streamed else rx.fuse(rx.read(adapter))
     assert caught.value.exit_code in (3, 4)
+
+
+def test_vectors_of_a_bank_are_weighed_alike_however_they_are_read(tmp_path: Path) -> None:
+    """peft restores the logits in float32; another library's logarithms are off by a last bit."""
+    config = peft.VBLoRAConfig(
+        target_modules=LAYERS,
+        r=4,
+        num_vectors=16,
+        vector_length=8,
+        topk=3,
+        save_only_topk_weights=True,
+        task_type="CAUSAL_LM",
+    )
+    adapter, adapted = made(llama(), config, tmp_path)
+    lightly = Recipe(str(adapter)).read_lightly()
+    (tmp_path / "out").mkdir()
+    stream(rx.plan_of(lightly), tmp_path / "out")
+    folder, weights = load_fused(tmp_path / "out")
+    assert rx.verify(folder, weights, count=2).certificate.verdict == "exact"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf")
+    assert distance(logits(model), logits(adapted)) < 1e-6
