@@ -153,14 +153,15 @@ def weight_files(folder: Path) -> dict[str, Path]:
             return {"": folder / name}
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return _indexed(index)
+            return indexed(index)
     raise CheckpointError(
         f"{folder}: expected the full weights: {' or '.join(SINGLE)}, or their shards and index; found none; "
         "an adapter folder is not a base: give the folder of the base"
     )
 
 
-def _indexed(index: Path) -> dict[str, Path]:
+def indexed(index: Path) -> dict[str, Path]:
+    """Every tensor that an index names, and its file. Raises CheckpointError for names of files elsewhere, and a shard that is missing."""
     entries = read_json(index).get("weight_map")
     if not isinstance(entries, dict) or not entries:
         raise CheckpointError(f"{index}: expected a weight_map of tensor names and shards")

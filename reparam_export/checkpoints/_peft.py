@@ -114,6 +114,17 @@ def scale_of(layer: Layer, rank: int) -> float:
     return alpha / math.sqrt(rank) if layer.source.config.get("use_rslora") else alpha / rank
 
 
+def check_alpha(source: Source, name: str) -> None:
+    """Raises CheckpointError where every scale is 0: as some mergers of sharded training write it that do not know it."""
+    config = source.config
+    patterns = config.get("alpha_pattern") or {}
+    if config.get(name) is not None and not config[name] and not any(patterns.values()):
+        raise CheckpointError(
+            f"{source.path}: adapter_config.json says {name} {config[name]}, so that every change of it is multiplied with 0; put "
+            f"the {name} in that it was trained with (verl's model_merger, for one, writes 0)"
+        )
+
+
 MakeParams = Callable[[Layer], "tuple[str, Any]"]  # the kind's name and its Params
 Check = Callable[["nn.Module", Sequence[Adapter]], None]  # of the base with the adapters on it
 

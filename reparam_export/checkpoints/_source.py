@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from reparam_export.affine import Tensor
+from reparam_export.checkpoints._folder import INDEX, check_beside, check_whole, shards, weights_file
 from reparam_export.checkpoints._settings import Settings
-from reparam_export.errors import CheckpointError, TensorMismatchError, UsageError
+from reparam_export.errors import TensorMismatchError, UsageError
 from reparam_export.files import (
-    PICKLES,
     flat_tensors,
     is_tensor,
     load_pickle,
@@ -26,10 +26,6 @@ from reparam_export.files import (
 from reparam_export.names.wrappers import unwrapped
 
 NATIVE = "reparam-export/1"
-OF_FOLDERS = (
-    "adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin",
-    "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapters.safetensors", "adapter_model.pt",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,9 @@ def open_source(
         config = settings.take_all()
     content: Mapping[str, Any] = {}
     metadata: dict[str, str] = {}
-    if file.suffix == ".safetensors":
+    if file.name.endswith(INDEX):
+        tensors = shards(file, numpy=numpy)
+    elif file.suffix == ".safetensors":
         tensors, metadata = load_safetensors(file, numpy=numpy)
     else:
         loaded = load_pickle(file)
@@ -160,6 +158,8 @@ def open_source(
             content, tensors = loaded, {}
         else:
             content, tensors = loaded if isinstance(loaded, Mapping) else {}, _state(file, loaded, settings)
+    check_whole(path, tensors, config)
+    check_beside(beside, config)
     return Source(path, file, unwrapped(tensors, file), config, metadata, content, settings, base_given, weights_given)
 
 
@@ -190,21 +190,6 @@ def _leaves(nested: Any, depth: int = 4) -> dict[str, Tensor] | None:
             return None
         found |= {f"{key}.{name}".removesuffix("."): tensor for name, tensor in inner.items()}
     return plain_tensors(found)
-
-
-def weights_file(path: Path) -> Path:
-    if path.is_file():
-        if path.name.endswith((*PICKLES, ".safetensors")):
-            return path
-        raise CheckpointError(
-            f"{path}: expected {', '.join(PICKLES)}, .safetensors or a PEFT folder, found the ending {path.suffix or '(none)'}"
-        )
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
-    for name in OF_FOLDERS:
-        if (path / name).is_file():
-            return path / name
-    raise CheckpointError(f"{path}: the folder holds none of {', '.join(OF_FOLDERS)}")
 
 
 def alike(one: Tensor, other: Tensor) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from reparam_export.adapters import loha
 from reparam_export.checkpoints import Parts, Source, as_core
-from reparam_export.checkpoints._peft import Layer, looked_for, of_type, read_folder
+from reparam_export.checkpoints._peft import Layer, check_alpha, looked_for, of_type, read_folder
 
 LOOKED_FOR = looked_for("LOHA")
 READ = ("alpha", "alpha_pattern", "r", "rank_pattern", "use_effective_conv2d")
@@ -15,6 +15,7 @@ accepts = of_type("LOHA")
 
 
 def read(source: Source) -> Parts:
+    check_alpha(source, "alpha")
     return read_folder(source, "hada_w1_a", _params, READ)
 
 

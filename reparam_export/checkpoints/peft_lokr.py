@@ -11,7 +11,7 @@ from typing import Any
 from reparam_export.adapters import lokr
 from reparam_export.affine import Tensor
 from reparam_export.checkpoints import Parts, Source, as_core, as_matrix
-from reparam_export.checkpoints._peft import Layer, looked_for, of_type, read_folder
+from reparam_export.checkpoints._peft import Layer, check_alpha, looked_for, of_type, read_folder
 from reparam_export.checkpoints._peft_layers import read_layers
 
 LOOKED_FOR = looked_for("LOKR")
@@ -24,6 +24,7 @@ accepts = of_type("LOKR")
 
 
 def read(source: Source) -> Parts:
+    check_alpha(source, "alpha")
     if any(name.endswith(".lokr_w2") and len(tensor.shape) == 3 for name, tensor in source.tensors.items()):
         return read_layers(
             source, "peft's own LOKR layers, probed one by one: their Conv1d has no plain Kronecker product"

@@ -18,6 +18,7 @@ from reparam_export.affine import Affine, Bottleneck, Tensor
 from reparam_export.checkpoints import Adapter, Covers, Parts, Source, alike, as_matrix
 from reparam_export.checkpoints._peft import (
     Layer,
+    check_alpha,
     check_dilation,
     looked_for,
     of_type,
@@ -55,6 +56,7 @@ accepts = of_type("LORA")
 
 def read(source: Source) -> Parts:
     _check(source)
+    check_alpha(source, "lora_alpha")
     init = source.config.get("init_lora_weights", True)
     if init in CHANGES_BASE or any(source.config.get(name) for name in BY_LAYERS):
         why = f": {init} takes a part out of the base when it begins" if init in CHANGES_BASE else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 
 import reparam_export as rx
 from reparam_export.checkpoints import Recipe
-from reparam_export.errors import ReparamError
+from reparam_export.errors import CheckpointError, ReparamError
 from reparam_export.folder import load_fused
 from reparam_export.streaming import stream
 
@@ -232,3 +233,81 @@ def test_vectors_of_a_bank_are_weighed_alike_however_they_are_read(tmp_path: Pat
     assert rx.verify(folder, weights, count=2).certificate.verdict == "exact"
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf")
     assert distance(logits(model), logits(adapted)) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as peft writes it."""
+    return made(llama(), lora(target_modules=TARGETS, modules_to_save=["norm"]), tmp_path_factory.mktemp("saved"))[0]
+
+
+def rewritten(adapter: Path, folder: Path, tensors: dict[str, torch.Tensor], **settings: Any) -> Path:
+    folder.mkdir(parents=True)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | settings
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("end", ["safetensors", "bin"])
+def test_an_adapter_in_shards_is_the_adapter(saved: Path, end: str, tmp_path: Path) -> None:
+    tensors = load_file(saved / "adapter_model.safetensors")
+    folder = rewritten(saved, tmp_path / "adapter", {})
+    (folder / "adapter_model.safetensors").unlink()
+    names = list(tensors)
+    where = {}
+    for number, part in enumerate((names[:3], names[3:]), 1):
+        file = f"adapter_model-{number:05}-of-00002.{end}"
+        own = {name: tensors[name] for name in part}
+        save_file(own, folder / file) if end == "safetensors" else torch.save(own, folder / file)
+        where |= dict.fromkeys(part, file)
+    index = folder / f"adapter_model.{end}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    assert rx.fuse(rx.read(folder)).sha256() == rx.fuse(rx.read(saved)).sha256() == rx.fuse(rx.read(index)).sha256()
+    for odd in (where | {"another": where[names[0]]}, {n: f for n, f in where.items() if n != names[0]}):
+        index.write_text(json.dumps({"weight_map": odd}))
+        with pytest.raises(CheckpointError, match="index"):
+            rx.read(folder)
+
+
+def test_of_numbered_checkpoints_the_newest_is_named_and_none_is_taken(saved: Path, tmp_path: Path) -> None:
+    for number in (9, 10, 100):
+        shutil.copytree(saved, tmp_path / "out" / f"checkpoint-{number}")
+    with pytest.raises(CheckpointError, match=r"3 checkpoint\(s\), the newest of which is .*checkpoint-100:"):
+        rx.read(tmp_path / "out")
+    assert rx.read(tmp_path / "out" / "checkpoint-9").adapters
+
+
+def test_the_only_adapter_below_a_folder_is_named(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "model" / "default")
+    with pytest.raises(CheckpointError, match=r"parent of an adapter's folder: give .*default"):
+        rx.read(tmp_path / "model")
+    shutil.copytree(saved, tmp_path / "model" / "other")
+    with pytest.raises(CheckpointError, match="default, other; give one of them"):
+        rx.read(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kept", [("lora_",), ("norm",), ()])
+def test_tensors_that_were_not_gathered_are_named_and_what_to_run(
+    saved: Path, kept: tuple[str, ...], tmp_path: Path
+) -> None:
+    tensors = load_file(saved / "adapter_model.safetensors")
+    empty = {name: t if any(part in name for part in kept) else torch.zeros(0) for name, t in tensors.items()}
+    with pytest.raises(CheckpointError, match=r"empty \(shape \[0\]\).*zero_to_fp32"):
+        rx.read(rewritten(saved, tmp_path / "adapter", empty))
+    with pytest.raises(CheckpointError, match=r"no tensor at all.*zero_to_fp32"):
+        rx.read(rewritten(saved, tmp_path / "none", {}))
+
+
+def test_an_alpha_of_zero_is_said_to_be_that(saved: Path, tmp_path: Path) -> None:
+    tensors = load_file(saved / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="lora_alpha 0"):
+        rx.read(rewritten(saved, tmp_path / "adapter", tensors, lora_alpha=0))
+    assert rx.read(rewritten(saved, tmp_path / "some", tensors, lora_alpha=0, alpha_pattern={"q_proj": 3})).adapters
+
+
+def test_rows_of_added_tokens_in_a_file_of_their_own_are_not_passed_over(saved: Path, tmp_path: Path) -> None:
+    folder = rewritten(saved, tmp_path / "adapter", load_file(saved / "adapter_model.safetensors"))
+    save_file({"input_embeddings": torch.ones(3, 32)}, folder / "new_embeddings.safetensors")
+    with pytest.raises(CheckpointError, match="rows of added tokens"):
+        rx.read(folder)
