@@ -203,14 +203,14 @@ def _probes(small: Any, generator: torch.Generator) -> Iterator[Tensor]:
     from torch import nn
 
     if isinstance(small, nn.Embedding):
-        for shape in ((3,), (1, 1), (2, 9)):
-            yield torch.randint(small.num_embeddings, shape, generator=generator)
+        for size in ((3,), (1, 1), (2, 9)):
+            yield torch.randint(small.num_embeddings, size, generator=generator)
         return
     if isinstance(small, nn.Linear):
         shapes: list[tuple[int, ...]] = [(1, 5), (4, 5), (2, 3, 5), (1, 150, 5)]
     else:
-        spatial = [(size - 1) * gap + 1 for size, gap in zip(small.kernel_size, small.dilation, strict=True)]
-        shapes = [(2, small.in_channels, *(size + more for size in spatial)) for more in (0, 4, 9)]
+        spatial = [(width - 1) * gap + 1 for width, gap in zip(small.kernel_size, small.dilation, strict=True)]
+        shapes = [(2, small.in_channels, *(width + more for width in spatial)) for more in (0, 4, 9)]
     for shape in shapes:
         for scale in (0.01, 1.0, 100.0, 1e5):
             yield scale * torch.randn(shape, generator=generator, dtype=torch.float64)
