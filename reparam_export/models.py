@@ -48,8 +48,9 @@ class Input:
 class Signature:
     """A model's inputs, the names of its outputs, and how it is called.
 
-    Three ``settings`` are ours: ``method`` (another method than forward), ``by_name`` (inputs as keyword arguments) and ``experts`` (the
-    implementation of a mixture of experts that the user asked for).
+    Four ``settings`` are ours: ``method`` (another method than forward), ``by_name`` (inputs as keyword arguments), ``groups`` (inputs that
+    are passed together in a dict, by the name of that argument) and ``experts`` (the implementation of a mixture of experts that the user
+    asked for).
     """
 
     inputs: tuple[Input, ...]
@@ -164,8 +165,12 @@ def named_outputs(model: nn.Module, signature: Signature, tensors: tuple[Tensor,
 
     settings = {name: value for name, value in (signature.settings or {}).items() if name != "experts"}
     method = getattr(model, settings.pop("method", "__call__"))
+    groups = settings.pop("groups", {})
     if settings.pop("by_name", False):
-        result = method(**{i.name: t for i, t in zip(signature.inputs, tensors, strict=True)}, **settings)
+        given: dict[str, Any] = {i.name: t for i, t in zip(signature.inputs, tensors, strict=True)}
+        for name, group in groups.items():
+            given.setdefault(group, {})[name] = given.pop(name)
+        result = method(**given, **settings)
     else:
         result = method(*tensors, **settings)
     if isinstance(result, torch.Tensor):

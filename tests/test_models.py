@@ -36,7 +36,7 @@ IMAGE = Signature((Input("image", ("batch", 3, 4, 4)),), ("logits",))
 
 @pytest.mark.parametrize("spec", ["", "timm", "timm:", "tim:vit", "vit_base_patch16_224", "_hidden:x"])
 def test_an_unknown_scheme_is_a_usage_error_that_lists_them(spec: str) -> None:
-    with pytest.raises(UsageError, match="hf, open_clip, py, timm"):
+    with pytest.raises(UsageError, match="diffusers, hf, open_clip, py, timm"):
         Base(spec).build()
 
 

@@ -12,8 +12,8 @@ given, a mixture of experts runs as each step needs: ``eager`` in the proofs, ``
 is taken from the classifier that the checkpoint brings when it is not given, ``vocab_size`` from its embedding. Parameters keep the dtype
 they are stored in. Code that comes with a model is never run, and ``HF_HUB_OFFLINE`` is honoured. Needs ``pip install reparam-export[hf]``.
 
-Inputs: ``input_ids`` and ``attention_mask`` (batch, sequence) int64, or ``pixel_values`` (batch, channels, height,
-width) float32, or what --input says. Outputs: every tensor of the model's output, by its name there.
+Inputs: what --input says, else what the config and the forward tell (``_inputs.py``): tokens and their mask, images, sound, points,
+the tokens that a decoder has so far. Outputs: every tensor of the model's output, by its name there.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reparam_export.bases._inputs import usual_settings, well_known
 from reparam_export.bases._vocabulary import fit_vocabulary
 from reparam_export.calls import foreign
 from reparam_export.errors import (
@@ -37,7 +38,7 @@ from reparam_export.errors import (
     UsageError,
 )
 from reparam_export.files import plain_shard_name
-from reparam_export.models import Base, Input, Signature, first_line, split_argument, with_observed_outputs
+from reparam_export.models import Base, Signature, first_line, split_argument, with_observed_outputs
 from reparam_export.state import is_constant, load_state, unnested
 
 if TYPE_CHECKING:
@@ -359,33 +360,9 @@ def _mismatch(base: Base, tensor: str, expected: object, found: object) -> Tenso
 
 
 def _signature(model: Any, base: Base, experts: str | None) -> Signature:
-    accepted = inspect.signature(model.forward).parameters
-    settings: dict[str, Any] = {"by_name": True, "return_dict": True}
-    if "use_cache" in accepted:
-        settings["use_cache"] = False
+    settings = usual_settings(model)
     if experts is not None:
         settings["experts"] = experts
-    inputs = base.inputs or _inputs(model, accepted, base)
-    return with_observed_outputs(model, Signature(inputs, (), settings), base.spec)
-
-
-def _inputs(model: Any, accepted: Mapping[str, Any], base: Base) -> tuple[Input, ...]:
-    config = model.config
-    if model.main_input_name == "input_ids" and not config.is_encoder_decoder:
-        usual = {"sequence": min(16, int(getattr(config, "max_position_embeddings", None) or 16) // 2)}
-        shape = ("batch", "sequence")
-        vocabulary = int(model.get_input_embeddings().num_embeddings)
-        ids = Input("input_ids", shape, "int64", vocabulary, usual)
-        mask = Input("attention_mask", shape, "int64", 2, usual)
-        return (ids, mask) if "attention_mask" in accepted else (ids,)
-    if model.main_input_name == "pixel_values" and getattr(config, "image_size", None):
-        size = config.image_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        return (Input("pixel_values", ("batch", int(getattr(config, "num_channels", 3)), int(height), int(width))),)
-    raise MissingSettingError(
-        f"base {base.spec!r}: the inputs of {type(model).__name__} are not known from its config; "
-        "state each with --input NAME=batch,...:DTYPE",
-        setting="inputs",
-        found_in="the forward of the model",
-        option="--input",
-    )
+    if base.inputs:
+        return with_observed_outputs(model, Signature(base.inputs, (), settings), base.spec)
+    return well_known(model, settings, base.spec)

@@ -4,9 +4,9 @@
     py:models/net.py:make_base --input image=batch,3,64,64:float32 --base-weights base.pt
 
 The file is run, as an import would, with its folder on the import path. Without --base-weights the function has to
-bring the weights itself: it is called twice, and refused when the two modules differ. The inputs are always stated
-with --input; the outputs are those of one call: ``output`` for a tensor, the keys of a dict, ``output_0``,
-``output_1``, ... for a tuple.
+bring the weights itself: it is called twice, and refused when the two modules differ. The inputs are stated with
+--input, unless the module is a model of transformers or diffusers, whose inputs are known. The outputs are those of
+one call: ``output`` for a tensor, the keys of a dict, ``output_0``, ``output_1``, ... for a tuple.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from reparam_export.bases._inputs import is_known, usual_settings, well_known
 from reparam_export.calls import evaluated
 from reparam_export.errors import CheckpointError, MissingSettingError, UsageError
 from reparam_export.models import Base, Signature, first_line, with_observed_outputs
@@ -32,7 +33,8 @@ def build(argument: str, base: Base) -> tuple[nn.Module, Signature]:
     when the function fails, returns no module or a random one, TensorMismatchError for weights that do not fit.
     """
     make = _maker(argument, base)
-    if not base.inputs:
+    module = _made(make, base, seed=0)
+    if not (base.inputs or is_known(module)):
         raise MissingSettingError(
             f"base {base.spec!r}: the inputs of your own model are not known; state each with "
             "--input NAME=batch,...:DTYPE, such as --input image=batch,3,64,64:float32",
@@ -40,12 +42,13 @@ def build(argument: str, base: Base) -> tuple[nn.Module, Signature]:
             found_in="the forward of your module",
             option="--input",
         )
-    module = _made(make, base, seed=0)
     state = base.tensors()
     if state is None:
         _check_not_random(module, _made(make, base, seed=1), base)
     else:
         assign(module, state, optional=base.replaced)
+    if not base.inputs:
+        return module, well_known(module, usual_settings(module), base.spec)
     return module, with_observed_outputs(module, Signature(base.inputs, ()), base.spec)
 
 

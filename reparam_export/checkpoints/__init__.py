@@ -170,7 +170,7 @@ class Recipe:
         if scheme == "hf" and place.is_dir():
             own = [] if self.base_weights else list(dict.fromkeys(weight_files(place).values()))
             return [*files, *(f for f in (place / "config.json", *own) if f.is_file())]
-        return [*files, place] if scheme in ("hf", "py") and place.exists() else files
+        return [*files, place] if scheme in ("hf", "py", "diffusers") and place.exists() else files
 
     def digests(self) -> dict[str, str]:
         """The fingerprint of each of these."""

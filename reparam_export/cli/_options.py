@@ -33,7 +33,9 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 CHECKPOINT = stack(
     click.argument("checkpoint", type=click.Path(path_type=Path)),
     click.option(
-        "--base", metavar="SPEC", help="timm:NAME?kw=value, hf:FOLDER, open_clip:NAME or py:FILE.py:FUNCTION."
+        "--base",
+        metavar="SPEC",
+        help="timm:NAME?kw=value, hf:FOLDER, diffusers:FOLDER, open_clip:NAME or py:FILE.py:FUNCTION.",
     ),
     click.option(
         "--base-weights",
@@ -207,7 +209,7 @@ def _absolute_base(base: str) -> str:
     """A base spec whose folder or file does not depend on where the command is run."""
     scheme, _, argument = base.partition(":")
     path, mark, rest = argument.rpartition(":") if scheme == "py" else argument.partition("?")
-    if scheme in ("hf", "py") and Path(path).exists():
+    if scheme in ("hf", "py", "diffusers") and Path(path).exists():
         return f"{scheme}:{Path(path).absolute()}{mark}{rest}"
     return base
 

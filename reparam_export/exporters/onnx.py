@@ -208,8 +208,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _short(error: BaseException) -> str:
-    text = "\n".join(line for line in str(error).splitlines() if line.strip())
-    return text if len(text) < 2000 else f"{text[:1000]}\n...\n{text[-900:]}"
+    """What the innermost error says, in one line: those around it say that torch.onnx failed, and what to report to whom."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [f"{type(error).__name__}:", *(line.strip() for line in str(error).splitlines() if line.strip())]
+    return " ".join(lines)[:600]
 
 
 class Runner:
