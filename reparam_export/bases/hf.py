@@ -197,10 +197,12 @@ def _configured(folder: Path, keywords: dict[str, Any], base: Base) -> tuple[Any
             f"base {base.spec!r}: config.json is not one of transformers {transformers.__version__}: "
             f"{first_line(error)}; models that bring their own code are not run: give them as py:FILE.py:FUNCTION"
         ) from error
-    if getattr(config, "quantization_config", None):
+    quantized = next((n for n in ("quantization_config", "quantization") if getattr(config, n, None)), None)
+    if quantized:
+        by = " by mlx" if isinstance(getattr(config, "quantization", None), dict) else ""
         raise CheckpointError(
-            f"base {base.spec!r}: expected plain weights; config.json says they are quantized "
-            "(quantization_config); give the base before quantization"
+            f"base {base.spec!r}: expected plain weights; config.json says they are quantized{by} ({quantized}); give the base before "
+            "quantization"
         )
     name = _class_name(config, keywords, base)
     if name is None:

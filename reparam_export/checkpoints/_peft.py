@@ -36,12 +36,19 @@ WRAPPERS = re.compile(r"\.(?:modules_to_save(?:\.default)?|(?:token_adapter\.)?b
 
 def of_type(*names: str) -> Callable[[Source], bool]:
     """``accepts`` of the reader of these peft types."""
-    return lambda source: source.config.get("peft_type") in names and not is_state(source)
+    return lambda source: source.config.get("peft_type") in names and not is_state(source) and not is_torchtune(source)
+
+
+def is_torchtune(source: Source) -> bool:
+    """Is it a file of torchtune, whose configuration has a ``peft_type`` too?"""
+    return any(name.endswith(".lora_a.weight") for name in source.tensors)
 
 
 def is_state(source: Source) -> bool:
     """Is it the state dict of a model with peft's layers in it, and not what peft saves of an adapter?"""
     names = source.tensors
+    if is_torchtune(source):
+        return False
     if "peft_type" not in source.config:
         return any(LORA_LAYER.search(name) for name in names)
     ours = tuner_prefix(source)

@@ -40,10 +40,12 @@ def source_of(checkpoint: Checkpoint, base: Base) -> tuple[Path, dict[str, Any]]
     if base.weights is not None or base.state is not None or base.ignored:
         raise NotStreamableError("the base's weights do not come from its own folder")
     config = read_json(source / "config.json")
-    if config.get("quantization_config"):
+    quantized = next((name for name in ("quantization_config", "quantization") if config.get(name)), None)
+    if quantized:
+        by = " by mlx" if isinstance(config.get("quantization"), dict) else ""
         raise CheckpointError(
-            f"base {base.spec!r}: expected plain weights; config.json says they are quantized (quantization_config); "
-            "give the base before quantization"
+            f"base {base.spec!r}: expected plain weights; config.json says they are quantized{by} ({quantized}); give the base before "
+            "quantization"
         )
     keywords = keywords_of(base.spec)
     architecture = str(next(iter(config.get("architectures") or ()), ""))

@@ -1,0 +1,220 @@
+"""LoRA of mlx-lm and torchtune, which cannot run here: each file as its code lays it out, held against its forward written out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import reparam_export as rx
+from reparam_export.errors import CheckpointError, FusionError, MissingSettingError, TensorMismatchError, UsageError
+
+State = dict[str, torch.Tensor]
+HEADS, KV_HEADS, HEAD, WIDTH = 4, 2, 8, 24  # heads * head != width
+
+
+def llama(folder: Path) -> tuple[str, State]:
+    """The base spec of a small model, and its tensors in float64."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": HEAD, "vocab_size": 64}
+    model = LlamaForCausalLM(
+        LlamaConfig(**sizes, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, tie_word_embeddings=False)
+    )
+    model.save_pretrained(folder / "base")
+    return f"hf:{folder / 'base'}", {n: t.double() for n, t in model.state_dict().items()}
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def off(checkpoint: rx.Checkpoint, expected: State) -> float:
+    """The largest difference of fused weights from what they must be."""
+    fused = rx.fuse(checkpoint)
+    assert set(expected) <= set(fused) | set(fused.aliases)
+    return max(float((fused[n].double() - expected[n]).abs().max()) for n in fused)
+
+
+# --- mlx-lm (mlx_lm/tuner/lora.py, dora.py)
+
+MLX = [
+    f"model.layers.{n}.{layer}" for n in (0, 1) for layer in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+]
+
+
+def mlx(
+    folder: Path, base: State, kind: str, scale: float = 2.5, modules: list[str] | None = None, **said: Any
+) -> State:
+    """Writes the folder; the weights of the adapted model: y = W x + scale (x A) B, times m / |W + ...| for DoRA."""
+    state, expected = {}, dict(base)
+    for seed, module in enumerate(modules or MLX):
+        weight = base[f"{module}.weight"]
+        a, b = draw(weight.shape[1], 4, seed=seed), draw(4, weight.shape[0], seed=seed + 50)
+        state |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
+        whole = weight + scale * (a.double() @ b.double()).T
+        if kind == "dora":
+            state[f"{module}.m"] = draw(weight.shape[0], seed=seed + 99).abs() + 0.5
+            whole = state[f"{module}.m"].double()[:, None] * whole / whole.norm(dim=1, keepdim=True)
+        expected[f"{module}.weight"] = whole
+    folder.mkdir()
+    save_file(state, folder / "adapters.safetensors")
+    parameters = {"rank": 4, "dropout": 0.0, "scale": scale} | said
+    config = {"fine_tune_type": kind, "lora_parameters": parameters, "num_layers": 16, "model": "somewhere/else"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return expected
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_mlx_adapters_are_transposed_and_their_scale_is_taken_as_it_is(kind: str, tmp_path: Path) -> None:
+    spec, base = llama(tmp_path)
+    expected = mlx(tmp_path / "adapters", base, kind)
+    found = rx.read(tmp_path / "adapters", spec)
+    assert (found.format, found.settings["scale"]) == ("mlx", 2.5)
+    assert off(found, expected) < 1e-6
+    assert rx.read(tmp_path / "adapters").base == "hf:somewhere/else"
+
+
+def test_mlx_layers_may_be_the_last_ones_only_and_whole_tensors_may_be_trained(tmp_path: Path) -> None:
+    spec, base = llama(tmp_path)
+    expected = mlx(tmp_path / "adapters", base, "lora", modules=[m for m in MLX if ".1." in m])
+    assert off(rx.read(tmp_path / "adapters", spec), expected) < 1e-6
+    weight = draw(WIDTH, 40, seed=7)
+    (tmp_path / "full").mkdir()
+    save_file({"model.layers.1.mlp.down_proj.weight": weight}, tmp_path / "full" / "adapters.safetensors")
+    (tmp_path / "full" / "adapter_config.json").write_text(
+        json.dumps({"fine_tune_type": "full", "lora_parameters": None})
+    )
+    assert off(rx.read(tmp_path / "full", spec), base | {"model.layers.1.mlp.down_proj.weight": weight.double()}) == 0
+
+
+def test_an_mlx_scale_that_versions_read_in_two_ways_is_asked_for(tmp_path: Path) -> None:
+    spec, base = llama(tmp_path)
+    expected = mlx(tmp_path / "adapters", base, "lora", alpha=16)
+    with pytest.raises(MissingSettingError, match="it has alpha 16 too") as caught:
+        rx.read(tmp_path / "adapters", spec)
+    assert caught.value.setting == "scale"
+    assert off(rx.read(tmp_path / "adapters", spec, settings={"scale": 2.5}), expected) < 1e-6
+    (tmp_path / "adapters" / "adapter_config.json").unlink()
+    with pytest.raises(MissingSettingError, match="lora_parameters of mlx-lm's"):
+        rx.read(tmp_path / "adapters", spec)
+
+
+def test_what_mlx_runs_otherwise_is_refused_by_name(tmp_path: Path) -> None:
+    _, base = llama(tmp_path)
+    mlx(tmp_path / "embedding", base, "lora", modules=["model.embed_tokens"])
+    with pytest.raises(FusionError, match="on an embedding"):
+        rx.read(tmp_path / "embedding")
+    save_file({"x.lora_a": torch.ones(2, 3, 4), "x.lora_b": torch.ones(2, 4, 3)}, tmp_path / "experts.safetensors")
+    with pytest.raises(FusionError, match="SwitchLinear"):
+        rx.read(tmp_path / "experts.safetensors", settings={"scale": 2})
+    save_file(
+        {"x.lora_a": torch.ones(3, 4), "x.lora_b": torch.ones(4, 3), "x.m": torch.ones(3)}, tmp_path / "odd.safetensors"
+    )
+    with pytest.raises(CheckpointError, match="a magnitude m"):
+        rx.read(tmp_path / "odd.safetensors", settings={"scale": 2})
+    save_file(
+        {"x.lora_a": torch.ones(4, 3), "x.lora_b": torch.ones(3, 4).T.contiguous()}, tmp_path / "torch.safetensors"
+    )
+    with pytest.raises(TensorMismatchError, match=r"not \(in, r\) and \(r, out\)"):
+        rx.read(tmp_path / "torch.safetensors", settings={"scale": 2})
+
+
+@pytest.mark.parametrize("name", ["quantization", "quantization_config"])
+def test_a_base_that_mlx_quantized_is_said_to_be_that(name: str, tmp_path: Path) -> None:
+    spec, base = llama(tmp_path)
+    mlx(tmp_path / "adapters", base, "lora")
+    file = tmp_path / "base" / "config.json"
+    said = {"group_size": 64, "bits": 4}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization": said, name: said}))
+    with pytest.raises(CheckpointError, match="quantized by mlx"):
+        rx.fuse(rx.read(tmp_path / "adapters", spec))
+
+
+# --- torchtune (torchtune/modules/peft/lora.py, torchtune/models/convert_weights.py)
+
+TUNE = {
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+}
+
+
+def heads_of(layer: str) -> int:
+    return {"attn.q_proj": HEADS, "attn.k_proj": KV_HEADS}.get(layer, 0)
+
+
+def to_tune(t: torch.Tensor, heads: int) -> torch.Tensor:
+    """``hf_to_tune``."""
+    return t.view(heads, 2, HEAD // 2, -1).transpose(1, 2).reshape(HEAD * heads, -1) if heads else t
+
+
+def to_hf(t: torch.Tensor, heads: int) -> torch.Tensor:
+    """``tune_to_hf``."""
+    return t.view(heads, HEAD // 2, 2, -1).transpose(1, 2).reshape(HEAD * heads, -1) if heads else t
+
+
+def tune(folder: Path, base: State, *, turned: bool, magnitude: bool) -> State:
+    """Writes ``adapter_0.pt``; the weights of the adapted model under Hugging Face's names, turned back."""
+    state, expected = {}, dict(base)
+    for number in range(2):
+        for seed, (layer, own) in enumerate(TUNE.items()):
+            name, heads = f"model.layers.{number}.{own}.weight", heads_of(layer) if turned else 0
+            weight = to_tune(base[name], heads)
+            a, b = draw(4, weight.shape[1], seed=seed + 10 * number), draw(weight.shape[0], 4, seed=seed + 50)
+            state |= {f"layers.{number}.{layer}.lora_a.weight": a, f"layers.{number}.{layer}.lora_b.weight": b}
+            whole = weight + 12 / 4 * (b.double() @ a.double())
+            if magnitude:
+                m = draw(weight.shape[0], seed=seed + 99).abs() + 0.5
+                state[f"layers.{number}.{layer}.magnitude"] = m
+                whole = m.double()[:, None] * whole / whole.norm(dim=1, keepdim=True)
+            expected[name] = to_hf(whole, heads)
+    torch.save(state, folder / "adapter_0.pt")
+    return expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen"])
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_torchtunes_heads_are_turned_back(kind: str, magnitude: bool, tmp_path: Path) -> None:
+    spec, base = llama(tmp_path)
+    expected = tune(tmp_path, base, turned=kind == "llama", magnitude=magnitude)
+    settings = {"lora_alpha": 12, "model_type": kind} | ({"head_dim": HEAD} if kind == "llama" else {})
+    for name in settings:
+        with pytest.raises(MissingSettingError) as caught:
+            rx.read(tmp_path / "adapter_0.pt", spec, settings={n: v for n, v in settings.items() if n != name})
+        assert caught.value.setting == name
+    found = rx.read(tmp_path / "adapter_0.pt", spec, settings=settings)
+    assert found.format == "torchtune"
+    assert off(found, expected) < 1e-6
+    other = {
+        "llama": {"lora_alpha": 12, "model_type": "qwen"},
+        "qwen": settings | {"model_type": "llama", "head_dim": HEAD},
+    }
+    assert off(rx.read(tmp_path / "adapter_0.pt", spec, settings=other[kind]), expected) > 1e-2
+
+
+def test_torchtunes_own_configuration_has_alpha_and_is_no_folder_of_peft(tmp_path: Path) -> None:
+    spec, base = llama(tmp_path)
+    (tmp_path / "epoch_0").mkdir()
+    expected = tune(tmp_path / "epoch_0", base, turned=True, magnitude=False)
+    config = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj"], "peft_type": "LORA"}
+    (tmp_path / "epoch_0" / "adapter_config.json").write_text(json.dumps(config))
+    settings = {"model_type": "llama", "head_dim": HEAD}
+    assert off(rx.read(tmp_path / "epoch_0" / "adapter_0.pt", spec, settings=settings), expected) < 1e-6
+    for size, error in ((7, "expected an even number"), (24, "no heads of 24")):
+        with pytest.raises((CheckpointError, UsageError), match=error):
+            rx.read(tmp_path / "epoch_0" / "adapter_0.pt", spec, settings=settings | {"head_dim": size})
+    torch.save(
+        {"layers.0.fusion.lora_a.weight": torch.ones(4, 3), "layers.0.fusion.lora_b.weight": torch.ones(3, 4)},
+        tmp_path / "odd.pt",
+    )
+    with pytest.raises(CheckpointError, match="no layer that torchtune converts"):
+        rx.read(tmp_path / "odd.pt", settings={"lora_alpha": 12})
