@@ -18,8 +18,8 @@ ROOT = PACKAGE.parent
 ORDER = [  # a room imports itself and what stands before it; nobody imports training
     "errors", "calls", "batches", "affine", "float64", "plugins", "files", "names", "refuted", "adapters", "modules", "checkpoints",
     "rounding", "layouts", "state", "fit", "naming", "ties",
-    "models", "bases", "hf_folder", "assembly", "training", "fusion", "verification", "analysis", "streaming", "folder", "exporters",
-    "latency", "comparison", "report", "console", "inspection", "cli", "pytest_plugin", "__main__",
+    "models", "bases", "hf_folder", "tokenizer", "assembly", "training", "fusion", "verification", "analysis", "streaming", "folder",
+    "exporters", "latency", "comparison", "report", "console", "inspection", "cli", "pytest_plugin", "__main__",
 ]
 # fmt: on
 HEAVY = {"torch", "onnx", "onnxruntime", "timm", "transformers", "tensorrt", "tensorrt_rtx", "numpy", "matplotlib"}

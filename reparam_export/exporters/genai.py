@@ -24,6 +24,7 @@ from reparam_export.errors import EquivalenceError, ExportError, MissingBackendE
 from reparam_export.exporters._greedy import NEW_TOKENS, PROMPTS, Divergence, divergence, end_tokens, ended, greedy
 from reparam_export.exporters.artifact import Artifact
 from reparam_export.files import sha256
+from reparam_export.tokenizer import of_tokenizer
 from reparam_export.verification.certificate import OutputEvidence
 from reparam_export.verification.outputs import Reference, compare
 
@@ -172,6 +173,7 @@ def export_genai(model: VerifiedModel, folder: Path, precision: str = "fp32") ->
                     f"genai: its logits at batch {bad.batch} are off by {bad.error:.3g}, bound {bad.bound:.3g}; it was not kept"
                 )
             details = generation(model, runner, source, 2 * max(o.bound for o in evidence))
+            details |= of_tokenizer(model.checkpoint)
         target = folder / "genai"
         if target.exists():
             shutil.rmtree(target)
@@ -186,7 +188,8 @@ def export_genai(model: VerifiedModel, folder: Path, precision: str = "fp32") ->
         ran=True,
         note=f"generated {NEW_TOKENS} tokens greedily by onnxruntime-genai on the CPU, with its cache: {details['same tokens']} prompts "
         "give the unfused torch model's tokens"
-        + ("; where they part, the two are equally good" if details["divergences"] else ""),
+        + ("; where they part, the two are equally good" if details["divergences"] else "")
+        + ("; with the tokenizer of the adapter's folder, which is not the base's" if "tokenizer" in details else ""),
         outputs=evidence,
         details={**details, "seconds": round(time.perf_counter() - started, 2)},
     )

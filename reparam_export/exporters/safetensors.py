@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from reparam_export.errors import ExportError, MissingBackendError
 from reparam_export.exporters.artifact import Artifact
 from reparam_export.files import plain_shard_name, read_json, save_safetensors, sha256
-from reparam_export.hf_folder import DTYPE_KEYS, bias_switches, carried, folder_of, held_wide, of_vocabulary, retyped
+from reparam_export.hf_folder import DTYPE_KEYS, bias_switches, folder_of, held_wide, of_vocabulary, retyped
 from reparam_export.names.conversions import own_of, spread
 from reparam_export.refuted import set_aside
+from reparam_export.tokenizer import beside_weights, of_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -77,10 +78,13 @@ def _artifact(target: Path, model: VerifiedModel, details: dict[str, Any], start
 
 
 def _said(details: Mapping[str, Any]) -> str:
-    """What config.json says otherwise than the base's of the dtype."""
+    """What config.json says otherwise than the base's of the dtype, and whose the tokenizer is."""
     changed = details.get("config_changed") or {}
     dtype = next((value for key, value in changed.items() if key in DTYPE_KEYS), None)
-    return f" (config.json says {dtype} now, as they are stored)" if dtype else ""
+    own = details.get("tokenizer")
+    return (f" (config.json says {dtype} now, as they are stored)" if dtype else "") + (
+        f"; with the tokenizer of the adapter's folder, which is not the base's ({', '.join(own)})" if own else ""
+    )
 
 
 def is_streamed(folder: Path) -> bool:
@@ -107,6 +111,7 @@ def _in_place(model: VerifiedModel, folder: Path) -> Artifact:
         raise ExportError(f"{error}; set aside: {', '.join(set_aside(folder, ('hf',)))}") from error
     details = {
         "config_changed": record.get("config_changed", {}),
+        **of_tokenizer(model.checkpoint),
         "shards": len(record.get("shards", {})),
         "tensors": len(tensors),
     }
@@ -120,7 +125,7 @@ def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], mod
     """
     import torch
 
-    for file in carried(source):
+    for file in beside_weights(source, model.checkpoint):
         shutil.copyfile(file, made / file.name)
     config = read_json(made / "config.json")
     switched, zeros = bias_switches({**config, **class_of(config, model)}, tensors, model.weights.created)
@@ -146,7 +151,7 @@ def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], mod
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shards.items()))}
         (made / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _load_with_transformers(made, own, model)
-    return {"config_changed": changed, "shards": len(names)}
+    return {"config_changed": changed, "shards": len(names), **of_tokenizer(model.checkpoint)}
 
 
 def _parted(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: VerifiedModel) -> dict[str, Any]:

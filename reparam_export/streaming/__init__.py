@@ -19,7 +19,6 @@ from reparam_export.errors import ExportError, FusionError
 from reparam_export.files import fingerprint, sha256
 from reparam_export.fit import check_trained_on
 from reparam_export.fusion import check_kept, narrowed
-from reparam_export.hf_folder import carried
 from reparam_export.state import digest_of
 from reparam_export.streaming.formats import FORMATS, torch_name
 from reparam_export.streaming.plan import Plan, plan_of
@@ -28,6 +27,7 @@ from reparam_export.streaming.source import NotStreamableError
 from reparam_export.streaming.staging import WEIGHTS, Staging, settle, write_synced
 from reparam_export.streaming.witness import heard_of
 from reparam_export.streaming.work import Work, folded_whole, memory_needed, seconds_expected, workers
+from reparam_export.tokenizer import beside_weights
 from reparam_export.verification.certificate import LayerEvidence, from_entry
 from reparam_export.verification.survival import least, overall
 
@@ -215,7 +215,7 @@ def apart_of(plan: Plan, places: Mapping[str, Place]) -> set[str]:
 
 def _beside(plan: Plan, staging: Staging) -> None:
     """config, tokenizer and index."""
-    for file in carried(plan.source):
+    for file in beside_weights(plan.source, plan.checkpoint):
         shutil.copyfile(file, staging.weights / file.name)
     write_synced(staging.weights / "config.json", plan.config)
     if len(plan.shards) > 1 or (plan.source / INDEX).is_file():

@@ -311,3 +311,36 @@ def test_rows_of_added_tokens_in_a_file_of_their_own_are_not_passed_over(saved: 
     save_file({"input_embeddings": torch.ones(3, 32)}, folder / "new_embeddings.safetensors")
     with pytest.raises(CheckpointError, match="rows of added tokens"):
         rx.read(folder)
+
+
+def tokenizer(*added: str, template: str | None = None) -> Any:
+    from tokenizers import Tokenizer, models
+
+    words = {f"w{number}": number for number in range(90)}
+    found = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+    found.add_tokens(list(added))
+    found.chat_template = template
+    return found
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("kind", ["whole", "template", "none"])
+def test_the_adapters_own_tokenizer_goes_with_the_model_and_that_is_said(
+    kind: str, streamed: bool, tmp_path: Path
+) -> None:
+    adapter, _ = made(llama(), lora(target_modules=TARGETS), tmp_path)
+    tokenizer(template="{{ messages }}").save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "added_tokens.json").write_text("{}")
+    if kind == "whole":
+        tokenizer("<|im_start|>", template="{{ messages }}!").save_pretrained(adapter)
+    if kind == "template":
+        (adapter / "chat_template.jinja").write_text("{{ messages }}!")
+    found = transformers.AutoTokenizer.from_pretrained(folder := folded(adapter, tmp_path / "out", streamed=streamed))
+    assert len(found) == 90 + (kind == "whole")
+    assert found.chat_template == "{{ messages }}" + "!" * (kind != "none")
+    assert (folder / "added_tokens.json").is_file() == (kind != "whole")
+    if streamed:
+        checkpoint, weights = load_fused(tmp_path / "out")
+        artifact = rx.export(rx.verify(checkpoint, weights, count=2), "safetensors", tmp_path / "out")
+        assert ("tokenizer of the adapter's folder" in artifact.note) == (kind != "none")
+        assert ("chat_template.jinja" in artifact.details.get("tokenizer", ())) == (kind != "none")
