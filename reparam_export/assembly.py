@@ -16,7 +16,16 @@ from reparam_export.calls import evaluated
 from reparam_export.checkpoints import Adapter, Checkpoint, by_site, check_disjoint, components
 from reparam_export.errors import FusionError, ReparamError, TensorMismatchError
 from reparam_export.fit import check_trained_on
-from reparam_export.layouts import affine_of, layout_of, outputs_of, readers_of_weights, rows_of, site_of
+from reparam_export.layouts import (
+    affine_of,
+    channel_groups,
+    grouped,
+    layout_of,
+    outputs_of,
+    readers_of_weights,
+    rows_of,
+    site_of,
+)
 from reparam_export.models import Base, Signature, parse_input
 from reparam_export.names import Own
 from reparam_export.naming import named
@@ -57,7 +66,24 @@ def opened(checkpoint: Checkpoint) -> tuple[nn.Module, Signature, Checkpoint]:
     checkpoint = settled(checkpoint, module)
     check_trained_on(checkpoint, dict(module.named_parameters(remove_duplicate=False)).get)
     module, untied = whole(module, checkpoint)
-    return module, signature, replace(bound(checkpoint, module), untied=untied)
+    on_base = bound(checkpoint, module)
+    for member in on_base.members or (on_base,):
+        _check_groups(member, module)
+    return module, signature, replace(on_base, untied=untied)
+
+
+def _check_groups(checkpoint: Checkpoint, module: nn.Module) -> None:
+    """Raises FusionError for an adapter on a convolution in groups, but for those whose code folds it into the weight before it convolves
+    (LyCORIS), and for LoRA whose reader has told the groups apart."""
+    for adapter in checkpoint.adapters:
+        layer = dict(module.named_modules()).get(adapter.module)
+        groups = 1 if layer is None or adapter.parameter else channel_groups(layer)
+        own = checkpoint.format == "lycoris" or (checkpoint.format == "peft_lora" and adapter.kind == "lora")
+        if groups != 1 and not own:
+            raise FusionError(
+                f"{adapter.module}: a convolution in {groups} groups, of which each output reads the channels of its group only, under a "
+                f"{adapter.kind} of a {checkpoint.format} checkpoint; this is folded for LyCORIS' adapters and peft's LoRA alone"
+            )
 
 
 def whole(module: nn.Module, checkpoint: Checkpoint) -> tuple[nn.Module, tuple[str, ...]]:
@@ -245,7 +271,7 @@ def adapted_module(name: str, module: nn.Module, adapters: Sequence[Adapter], dt
     from torch import nn as torch_nn
 
     layout = layout_of(name, module)
-    whole = affine_of(module, layout, dtype)
+    whole, groups = affine_of(module, layout, dtype), channel_groups(module) if layout == "conv" else 1
     parts = [(rows, unfused(whole.rows(*rows) if rows else whole, steps)) for rows, steps in stacks(adapters, dtype)]
 
     class Adapted(torch_nn.Module):
@@ -259,17 +285,22 @@ def adapted_module(name: str, module: nn.Module, adapters: Sequence[Adapter], dt
             self.calls = 0  # a module that is never called has its weight read directly, or no part in the outputs
 
         def forward(self, x: Tensor) -> Tensor:
-            import torch
-
             self.calls += 1
             inputs = rows_of(x, module, layout, dtype)
-            y: Any = None
+            return outputs_of(grouped(self.on_rows, inputs, groups), layout)
+
+        def on_rows(self, inputs: Tensor) -> Tensor:
+            import torch
+
+            y: Tensor | None = None
             for rows, part in parts:
                 if rows is None:
-                    return outputs_of(part(inputs), layout)
+                    y = part(inputs)
+                    continue  # it is the only one
                 y = whole(inputs) if y is None else y
                 y = torch.cat([y[..., : rows[0]], part(inputs), y[..., rows[1] :]], dim=-1)
-            return outputs_of(y, layout)
+            assert y is not None
+            return y
 
     return Adapted()
 

@@ -3,7 +3,7 @@
 linear       nn.Linear (and subclasses)   weight (out, in)
 transposed   transformers' Conv1D         weight (in, out)
 embedding    nn.Embedding                 weight (in, out); input rows are one-hot
-conv         nn.Conv1d/2d/3d, groups 1    weight (out, in, *kernel); input rows are patches
+conv         nn.Conv1d/2d/3d              weight (out, in / groups, *kernel); input rows are patches, of its own channels for each group
 norm         nn.LayerNorm, batch norms    weight (out,); each output is a number of its own times its weight, so in is 1
 
 A ``Site`` is one matrix that adapters act on: the weight of such a layer, or a tensor that a module reads directly.
@@ -12,7 +12,7 @@ A ``Site`` is one matrix that adapters act on: the weight of such a layer, or a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -129,10 +129,11 @@ def layout_of(name: str, module: nn.Module) -> Layout:
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return "transposed"
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        if module.groups != 1 or module.padding_mode != "zeros":
+        padded = module.padding == "same" or any(width for width in module.padding if not isinstance(width, str))
+        if module.padding_mode != "zeros" and padded:
             raise FusionError(
-                f"{name}: a convolution with groups={module.groups}, padding_mode={module.padding_mode!r} "
-                "cannot be folded; only groups=1 and zero padding can"
+                f"{name}: a convolution with padding_mode={module.padding_mode!r}: adapters on convolutions pad their input with zeros, so "
+                "no weight of this one gives what was trained"
             )
         return "conv"
     if plain in norms and module._parameters["weight"] is not None:
@@ -298,6 +299,23 @@ def rows_of(x: Tensor, module: nn.Module, layout: Layout, dtype: torch.dtype) ->
     # (batch, in, *positions, *kernel) -> (batch, *positions, in * kernel)
     order = [0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial)]
     return torch.flatten(x.permute(order), start_dim=1 + spatial)
+
+
+def grouped(run: Callable[[Tensor], Tensor], rows: Tensor, groups: int) -> Tensor:
+    """A map (..., in / groups) -> (..., out) on rows (..., in), of which each group of its outputs sees its own inputs only."""
+    import torch
+
+    if groups == 1:
+        return run(rows)
+    parts = [run(own) for own in rows.chunk(groups, dim=-1)]
+    return torch.cat([part.chunk(groups, dim=-1)[number] for number, part in enumerate(parts)], dim=-1)
+
+
+def channel_groups(module: nn.Module) -> int:
+    """In how many groups of channels a convolution maps its inputs; 1 of any other layer."""
+    from torch import nn
+
+    return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
 
 
 def outputs_of(y: Tensor, layout: Layout) -> Tensor:

@@ -8,7 +8,9 @@ made. What has no weights that reproduce it, or no base that can be had again, i
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -169,7 +171,36 @@ def _params(layer: Layer, of: Layer, tied: bool = False) -> tuple[str, Any]:
 
 
 def _pair(layer: Layer) -> tuple[Tensor, Tensor]:
-    return layer.take("lora_A.weight"), layer.take("lora_B.weight")
+    a, b = layer.take("lora_A.weight"), layer.take("lora_B.weight")
+    rank, per_group = int(a.shape[0]), int(b.shape[1]) if len(b.shape) > 2 else 0
+    return (a, b) if not per_group or per_group >= rank or rank % per_group else _in_groups(layer, a, b)
+
+
+def _in_groups(layer: Layer, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """LoRA on a convolution in groups, as peft trains it: lora_A (r, in, *kernel) reads every channel, lora_B (out, r / groups, 1, ...) is
+    itself in groups. The same as a pair on the base's weight (out, in / groups, *kernel), where there is one.
+
+    Raises FusionError where lora_A reads channels of other groups: what was trained is no convolution in groups.
+    """
+    rank, inn, *kernel = map(int, a.shape)
+    out, per_group = int(b.shape[0]), int(b.shape[1])
+    groups = rank // per_group
+    blocks = a.reshape(groups, per_group, groups, -1) if inn % groups == 0 else None
+    others = [] if blocks is None else [blocks[g, :, h] for g in range(groups) for h in range(groups) if g != h]
+    if blocks is None or out % groups or any(bool((each != 0).any()) for each in others):
+        raise FusionError(
+            f"{layer.source.path}: {layer.module}: LoRA on a convolution in {groups} groups: its lora_A reads all {inn} channels, and each "
+            f"output of the convolution only the {inn // groups} of its group, so no weight of it gives what was trained (nor does peft "
+            "merge it). Train without the convolutions in groups among target_modules, or with LyCORIS, whose adapters have groups"
+        )
+    library: Any = sys.modules["torch" if hasattr(a, "new_zeros") else "numpy"]
+    down = library.zeros((rank, inn // groups, math.prod(kernel)), dtype=a.dtype)
+    up, rows = library.zeros((out, rank), dtype=b.dtype), out // groups
+    for g in range(groups):
+        own = slice(g * per_group, (g + 1) * per_group)
+        down[own] = blocks[g, :, g].reshape(per_group, inn // groups, -1)
+        up[g * rows : (g + 1) * rows, own] = b.reshape(out, per_group)[g * rows : (g + 1) * rows]
+    return down.reshape(rank, inn // groups, *kernel), up
 
 
 def _check_pair(layer: Layer, a: Tensor, b: Tensor) -> None:

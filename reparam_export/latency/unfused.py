@@ -18,7 +18,7 @@ from reparam_export.affine import Affine, Computed, map_tensors, tensors_of
 from reparam_export.assembly import reach
 from reparam_export.checkpoints import Adapter, components
 from reparam_export.errors import FusionError
-from reparam_export.layouts import Layout, layout_of, matrix
+from reparam_export.layouts import Layout, channel_groups, layout_of, matrix
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,6 +78,8 @@ def _layer(name: str, module: nn.Module, adapters: Sequence[Adapter]) -> nn.Modu
         if adapter.parameter or adapter.kind == "probed":
             raise FusionError(f"{adapter.site}: there is no {adapter.kind} on it to be shipped unfused")
     layout = layout_of(name, module)
+    if layout == "conv" and channel_groups(module) != 1:
+        raise FusionError(f"{name}: there is no adapter on a convolution in groups to be shipped unfused")
     wrapped = layout in ("embedding", "conv", "norm")
     for adapter in adapters:
         if wrapped and not _on_outputs(adapter.kind, layout, module):

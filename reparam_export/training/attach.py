@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from reparam_export import adapters, plugins
 from reparam_export.affine import Affine, Bottleneck, map_tensors, tensors_of
 from reparam_export.errors import UsageError
-from reparam_export.layouts import layout_of, matrix, stored
+from reparam_export.layouts import channel_groups, layout_of, matrix, stored
 from reparam_export.training.frozen import remember
 from reparam_export.training.targets import Targets, targeted, trained_modules
 
@@ -211,6 +211,10 @@ def attached_layer(
     if dropout and not hasattr(adapters.kind(kind), "DROPOUT"):
         raise UsageError(f"kind {kind!r} has no dropout in its paper; leave it out")
     layer = model.get_submodule(name)
+    if channel_groups(layer) != 1:
+        raise UsageError(
+            f"{name}: a convolution in {channel_groups(layer)} groups, which no adapter is trained on here"
+        )
     attached = made(layer, layout_of(name, layer), kind, initial(plain_map(layer, name)), dropout)
     if made is Attached:
         _freeze_unread(attached)
