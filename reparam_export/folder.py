@@ -99,8 +99,11 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
     tensors = _weights(folder, content)
     files = _files_names(checkpoint, content)
 
+    def own_name(name: str) -> str:
+        return (files.get(name) or Place(name)).tensor
+
     def own(names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((files.get(name) or Place(name)).tensor for name in names))
+        return tuple(dict.fromkeys(map(own_name, names)))
 
     try:
         return checkpoint, FusedWeights(
@@ -109,7 +112,7 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
             created=own(content["created"]),
             replaced=own(content["replaced"]),
             untied=own(content.get("untied", ())),
-            aliases=dict(zip(own(content["aliases"]), own(content["aliases"].values()), strict=True)),
+            aliases={own_name(alias): own_name(holder) for alias, holder in content["aliases"].items()},
             files=files,
             seconds=float(content["seconds"]),
             dtype=content.get("dtype", recipe.dtype),

@@ -337,3 +337,18 @@ def test_an_output_that_depends_on_its_batch_is_refused_as_such(tmp_path: Path) 
     checkpoint, fused = each_with_each(tmp_path, "{'mean': self.fc(x).mean()}")
     with pytest.raises(FusionError, match="answers a sample otherwise when others are in the batch"):
         rx.verify(checkpoint, fused)
+
+
+def test_a_layer_under_three_names_is_picked_up_from_its_folder(tmp_path: Path) -> None:
+    from reparam_export.folder import load_fused, save_fused
+
+    layers = "self.fc = Linear(6, 6); self.a = Linear(6, 6); self.b = self.a; self.c = self.a"
+    base = own_model(tmp_path, layers, "self.fc(self.a(self.b(self.c(x))))")
+    torch.manual_seed(2)
+    adapter = {"fc.adapter.conv_A.weight": torch.randn(2, 6, 1), "fc.adapter.conv_B.weight": torch.randn(6, 1, 1)}
+    torch.save(adapter, tmp_path / "c.pt")
+    checkpoint = rx.read(tmp_path / "c.pt", base, inputs=["x=batch,6:float32"])
+    fused = rx.fuse(checkpoint)
+    assert set(fused.aliases.values()) == {"a.weight", "a.bias"}
+    save_fused(tmp_path / "out", checkpoint, fused)
+    assert load_fused(tmp_path / "out")[1].aliases == fused.aliases
