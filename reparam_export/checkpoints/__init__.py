@@ -202,6 +202,7 @@ class Parts:
     underscored: bool = False  # the adapters' modules are named with _ for the dots
     by_shapes: bool = False  # ``bind`` looks at the names and shapes of the base only, not at its numbers
     task: str | None = None  # peft's task_type
+    rebuilt: str | None = None  # the kind, where it decomposes the base again while loading
     copies: frozenset[str] = (
         frozenset()
     )  # of ``replaced``: copies beside the base's own, which leave what is tied to these as it is
@@ -235,6 +236,7 @@ class Checkpoint:
     missing: tuple[MissingSettingError, ...] = ()
     copies: frozenset[str] = frozenset()  # of ``replaced``, as in Parts
     bind: Bind | None = None  # the adapters of this base, where ``adapters`` only stand for them
+    rebuilt: str | None = None  # the kind, where it decomposes the base again while loading
     untied: tuple[str, ...] = ()  # names that it gives tensors of their own on this base
     members: tuple[Checkpoint, ...] = ()  # of a stack, in the order they act
     expected: Mapping[str, Any] = field(default_factory=dict)  # of ``Parts``
@@ -261,6 +263,7 @@ class Checkpoint:
             "files": [str(f) for f in self.files],
             "notes": list(self.notes),
             "dropped": list(self.dropped),
+            "rebuilt": self.rebuilt,
             "stack": [
                 {"path": str(m.path), "sha256": m.sha256, "format": m.format, "weight": m.recipe.weight}
                 for m in self.members
@@ -356,6 +359,7 @@ def read(
         positional=given.positional,
         missing=tuple(given.missing),
         copies=parts.copies,
+        rebuilt=parts.rebuilt,
         bind=parts.bind,
         expected=parts.expected,
         underscored=parts.underscored,

@@ -17,6 +17,7 @@ from reparam_export.affine import Tensor
 from reparam_export.checkpoints import Adapter, Bind, Parts, Source, Unbound
 from reparam_export.checkpoints._peft import on_base, other_settings, parts_of, tuner_prefix
 from reparam_export.checkpoints._peft_names import PREFIX, check_matched
+from reparam_export.checkpoints._peft_rebuilt import note_of, rebuilt_by
 from reparam_export.errors import CheckpointError, FusionError, MissingBackendError, NotAffineError, TensorMismatchError
 
 if TYPE_CHECKING:
@@ -39,8 +40,11 @@ for p in patterns:
 """
 
 
-def read_layers(source: Source, note: str = "") -> Parts:
-    """The folder's parts, with adapters that are made when the base is there. Raises CheckpointError and its kin."""
+def read_layers(source: Source, note: str = "", kind_of: str | None = None) -> Parts:
+    """The folder's parts, with adapters that are made when the base is there. Raises CheckpointError and its kin.
+
+    kind_of: what decides whether the base is decomposed while loading, where that is not the peft_type.
+    """
     claim = source.claim()
     ours = f".{tuner_prefix(source)}"
     taken = claim.take_all(lambda name: ours in name or name.startswith(f"base_model{ours}"))
@@ -56,10 +60,20 @@ def read_layers(source: Source, note: str = "") -> Parts:
     settings = {"peft": kind} | ({"rank": source.config["r"]} if isinstance(source.config.get("r"), int) else {})
     adapters = [Adapter(module, "probed", Unbound(dict(t), settings)) for module, t in by_module.items()]
     parts = parts_of(source, claim, adapters, names=[])
-    notes = (note or f"peft's own {kind} layers, probed one by one", *parts.notes)
+    rebuilt = rebuilt_by(kind_of or kind)
+    notes = (
+        note or f"peft's own {kind} layers, probed one by one",
+        *parts.notes,
+        *([note_of(rebuilt)] if rebuilt else []),
+    )
     # peft itself says which modules are adapted, and that each has its tensors: OSF leaves out what is no nn.Linear, though it is named
     return replace(
-        parts, bind=bind_layers(source, list(parts.replaced)), notes=notes, covers=lambda names: [], only=False
+        parts,
+        bind=bind_layers(source, list(parts.replaced)),
+        notes=notes,
+        rebuilt=rebuilt,
+        covers=lambda names: [],
+        only=False,
     )
 
 

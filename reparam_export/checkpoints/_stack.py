@@ -54,6 +54,7 @@ def stacked(checkpoints: Sequence[Checkpoint], weights: Sequence[float] | None =
         bind=None,
         expected={},
         members=members,
+        rebuilt=", ".join(dict.fromkeys(m.rebuilt for m in members if m.rebuilt)) or None,
         dropped=tuple(name for m in members for name in m.dropped),
     )
 

@@ -62,7 +62,7 @@ def read(source: Source) -> Parts:
     init = source.config.get("init_lora_weights", True)
     if init in CHANGES_BASE or any(source.config.get(name) for name in BY_LAYERS):
         why = f": {init} takes a part out of the base when it begins" if init in CHANGES_BASE else ""
-        return read_layers(source, f"peft's own LORA layers, probed one by one{why}")
+        return read_layers(source, f"peft's own LORA layers, probed one by one{why}", _rebuilding(source))
     claim = source.claim()
     claim.take_all(OF_TRAINING.search)
     modules = dict.fromkeys(m["module"] for name in claim.names() if (m := PAIR.fullmatch(name)))
@@ -106,6 +106,15 @@ def _with_tied(covers: Covers | None, tied: Sequence[str]) -> Covers | None:
     if covers is None or not tied:
         return covers
     return lambda names: list(dict.fromkeys([*covers(names), *(name for name in names if name in tied)]))
+
+
+def _rebuilding(source: Source) -> str:
+    """What of the settings decomposes the base while loading."""
+    return (
+        str(source.config["init_lora_weights"])
+        if source.config.get("init_lora_weights") in CHANGES_BASE
+        else ("kasa" if source.config.get("kasa_config") else "LORA")
+    )
 
 
 def _check(source: Source) -> None:

@@ -9,12 +9,14 @@ from reparam_export.checkpoints._peft_names import PREFIX
 from reparam_export.errors import FusionError, NotAffineError
 
 LOOKED_FOR = "a folder with adapter_config.json and any other peft_type (peft)"
-PROBED = ("ADAMSS", "FROD", "OSF", "PEANUT", "PSOFT", "SUPERTUNING", "TINYLORA", "UNILORA")
+PROBED = ("ADAMSS", "OSF", "PEANUT", "PSOFT", "SUPERTUNING", "TINYLORA", "UNILORA")
 PROMPT = "it adds learned vectors to the input sequence or to the keys and values, and changes no weight"
 REFUSED = {
     "ADAPTION_PROMPT": "it attends to learned prompts through a gate inside attention, beside the weights",
     "CARTRIDGE": PROMPT,
     "CPT": PROMPT,
+    "FROD": "its projections are eigenvectors of the base's weights, computed again while loading: a last bit of the base, or another "
+    "number of threads, gives another model (peft does not reproduce its own outputs elsewhere); save it as LoRA where it was trained",
     "LILY": "it routes each input among experts, so the change depends on the input",
     "MULTITASK_PROMPT_TUNING": PROMPT,
     "POLY": "it mixes adapters by a task id that comes with each call",

@@ -44,11 +44,18 @@ def headline(evidence: Evidence) -> str:
         _output_sentence(certificate),
         graph_sentence(certificate.graph),
         _dropped_sentence(certificate),
+        _rebuilt_sentence(certificate),
         _kept_sentence(certificate),
         witness.sentence(certificate.witness),
     ]
     start = "Proven" if certificate.outputs_prove else "Proven by its weights alone"
     return f"{start}: {'; '.join(part for part in parts if part)}"
+
+
+def _rebuilt_sentence(certificate: Certificate) -> str:
+    """Of an adapter that is made from a decomposition of its base, on which machines do not agree."""
+    rebuilt = certificate.checkpoint.get("rebuilt")
+    return f"the model as this machine rebuilds it: {rebuilt} decomposes the base while loading" if rebuilt else ""
 
 
 def _dropped_sentence(certificate: Certificate) -> str:

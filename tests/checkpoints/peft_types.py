@@ -464,7 +464,6 @@ CASES = [
     case("trainable tokens", peft.TrainableTokensConfig, ["embed"], Tokens, token_indices=[2, 7, 29]),
     case("adamss", peft.AdamssConfig, PLAIN, r=4, num_subspaces=2, probed=True),
     case("adamss head", peft.AdamssConfig, PLAIN, r=4, num_subspaces=2, modules_to_save=["head"], probed=True),
-    case("frod", peft.FrodConfig, LINEAR, probed=True),
     case("osf", peft.OSFConfig, PLAIN, effective_rank=3, probed=True),
     case("osf leaves an embedding out", peft.OSFConfig, ["embed", "fc"], Tokens, effective_rank=2, probed=True),
     case("peanut", peft.PeanutConfig, PLAIN, r=2, depth=1, probed=True, **RANDOM),
