@@ -316,6 +316,8 @@ def to_engine(model: VerifiedModel, folder: Path, options: Options, source: Arti
 
 def worst_of(evidence: Sequence[OutputEvidence]) -> str:
     """The largest error in units of its bound, in words."""
+    if all(o.vacuous for o in evidence):
+        return "its outputs prove nothing of the adapter, as those of the fused model"
     worst = max(evidence, key=lambda o: o.error / o.bound if o.bound else 0.0)
     return f"error {worst.error:.1e}, bound {worst.bound:.1e}"
 

@@ -70,6 +70,7 @@ def test_outputs_that_prove_nothing_are_said_to(tmp_path: Path, layers: str, for
     assert (content["outputs_prove"], content["vacuous"]) == (False, ["output"])
     artifacts = json.loads((tmp_path / "out" / "artifact.json").read_text())["artifacts"]
     assert all(o["moved"] <= o["bound"] for a in artifacts for o in a["outputs"])
+    assert all("its outputs prove nothing of the adapter" in a["note"] for a in artifacts)
     for name, text in (
         ("report.md", "| proves nothing |"),
         ("report.html", "proves nothing"),
