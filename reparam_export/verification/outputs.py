@@ -77,7 +77,7 @@ def run(
             batch = (inputs[i.name][start : start + step] for i in signature.inputs)
             tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in batch)
             with foreign(name, f"run in {str(dtype).removeprefix('torch.')}"):
-                found = outputs_of_call(model, signature, tensors)
+                found = _answered(model, signature, tensors, wide)
             for output, tensor in zip(signature.outputs, found, strict=True):
                 if not fits(tensor, signature.axes.get(output, ROWS), len(tensors[0])):
                     raise FusionError(
@@ -85,6 +85,23 @@ def run(
                     )
             parts.append(found)
     return parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _answered(model: nn.Module, signature: Signature, tensors: tuple[Tensor, ...], wide: bool) -> tuple[Tensor, ...]:
+    """One call; in float64 again with torch's default dtype wide where the model makes constants that only float64 can hold (its least)."""
+    import torch
+
+    try:
+        return outputs_of_call(model, signature, tensors)
+    except RuntimeError:
+        if not wide:
+            raise
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return outputs_of_call(model, signature, tensors)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def check_apart(model: nn.Module, signature: Signature, reference: Reference) -> None:

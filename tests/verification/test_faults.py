@@ -352,3 +352,13 @@ def test_a_layer_under_three_names_is_picked_up_from_its_folder(tmp_path: Path) 
     assert set(fused.aliases.values()) == {"a.weight", "a.bias"}
     save_fused(tmp_path / "out", checkpoint, fused)
     assert load_fused(tmp_path / "out")[1].aliases == fused.aliases
+
+
+def test_a_model_whose_constants_only_float64_holds_has_its_reference(tmp_path: Path) -> None:
+    least = "torch.max(self.fc(x), torch.tensor(torch.finfo(x.dtype).min))"  # as XGLM masks its attention
+    checkpoint, fused = each_with_each(tmp_path, least)
+    reference = rx.verify(checkpoint, fused).reference
+    dtype, weight = torch.get_default_dtype(), fused["fc.weight"].double()
+    expected = reference.inputs["x"].double() @ weight.T + fused["fc.bias"].double()
+    assert dtype == torch.float32
+    assert torch.allclose(reference.outputs["output"], expected, rtol=0, atol=1e-5)
