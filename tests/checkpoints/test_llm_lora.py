@@ -218,3 +218,63 @@ def test_torchtunes_own_configuration_has_alpha_and_is_no_folder_of_peft(tmp_pat
     )
     with pytest.raises(CheckpointError, match="no layer that torchtune converts"):
         rx.read(tmp_path / "odd.pt", settings={"lora_alpha": 12})
+
+
+# --- NeMo (nemo/collections/nlp/modules/common/megatron/adapters/mcore_mixins.py)
+
+
+def nemo(folder: Path, base: State, style: str) -> State:
+    """Writes the tensors of one rank; the weights of the adapted model. The change of packed q, k, v is taken apart as the forward does."""
+    state, expected, per = {}, dict(base), HEADS // KV_HEADS
+    old = {
+        "qkv": "lora_kqv_adapter",
+        "proj": "lora_dense_attention_adapter",
+        "fc1": "lora_hto4h_adapter",
+        "fc2": "lora_4htoh_adapter",
+    }
+    sizes = {
+        "qkv": (HEAD * (HEADS + 2 * KV_HEADS), WIDTH),
+        "proj": (WIDTH, HEAD * HEADS),
+        "fc1": (80, WIDTH),
+        "fc2": (WIDTH, 40),
+    }
+    for number in range(2):
+        for seed, (layer, (rows, columns)) in enumerate(sizes.items()):
+            part = "mlp" if layer.startswith("fc") else "self_attention"
+            name = f"adapter_layer.{old[layer]}" if style == "old" else f"linear_{layer}.adapter"
+            stem = f"{'model' if style == 'old' else 'module'}.decoder.layers.{number}.{part}.{name}"
+            a, b = draw(4, columns, seed=seed + 10 * number), draw(rows, 4, seed=seed + 50)
+            state |= {f"{stem}.linear_in.weight": a, f"{stem}.linear_out.weight": b}
+            delta, own = 12 / 4 * (b.double() @ a.double()), f"model.layers.{number}"
+            if layer == "qkv":
+                mixed = delta.view(KV_HEADS, per + 2, HEAD, WIDTH)
+                q, k, v = mixed.split([per, 1, 1], dim=1)
+                for letter, change in (("q", q), ("k", k), ("v", v)):
+                    expected[f"{own}.self_attn.{letter}_proj.weight"] = base[
+                        f"{own}.self_attn.{letter}_proj.weight"
+                    ] + change.reshape(-1, WIDTH)
+            elif layer == "fc1":
+                for module, change in zip(("gate_proj", "up_proj"), delta.chunk(2), strict=True):
+                    expected[f"{own}.mlp.{module}.weight"] = base[f"{own}.mlp.{module}.weight"] + change
+            else:
+                module = "self_attn.o_proj" if layer == "proj" else "mlp.down_proj"
+                expected[f"{own}.{module}.weight"] = base[f"{own}.{module}.weight"] + delta
+    torch.save(state, folder / "model_weights.ckpt")
+    return expected
+
+
+@pytest.mark.parametrize("style", ["old", "new"])
+def test_nemos_packed_layers_are_taken_apart_by_groups(style: str, tmp_path: Path) -> None:
+    spec, base = llama(tmp_path)
+    expected = nemo(tmp_path, base, style)
+    settings = {"lora_alpha": 12, "num_query_groups": KV_HEADS, "head_dim": HEAD}
+    for name in settings:
+        with pytest.raises(MissingSettingError, match=r"model_config\.yaml") as caught:
+            rx.read(tmp_path / "model_weights.ckpt", spec, settings={n: v for n, v in settings.items() if n != name})
+        assert caught.value.setting == name
+    found = rx.read(tmp_path / "model_weights.ckpt", spec, settings=settings)
+    assert found.format == "nemo"
+    assert off(found, expected) < 1e-6
+    with pytest.raises(CheckpointError, match="no 3 groups of heads of 8"):
+        rx.read(tmp_path / "model_weights.ckpt", spec, settings=settings | {"num_query_groups": 3})
+    assert len(rx.read(tmp_path / "model_weights.ckpt", inspecting=True).missing) == 3
