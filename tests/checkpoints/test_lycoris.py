@@ -6,6 +6,7 @@ import logging
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import reparam_export as rx
-from reparam_export.errors import FusionError, TensorMismatchError
+from reparam_export.errors import EquivalenceError, FusionError, TensorMismatchError
 
 
 class Net(nn.Module):
@@ -120,10 +121,40 @@ def test_a_file_is_proven_against_lycoris_own_unfused_forward(name: str, tmp_pat
     assert checkpoint.format == "lycoris"
     proven = rx.verify(checkpoint, rx.fuse(checkpoint), count=4)
     assert proven.certificate.verdict == "exact"
+    (witness,) = proven.certificate.witness
+    if name == "lokr with both factored":  # which LyCORIS' modules cannot be made of
+        assert "LyCORIS cannot make its LokrModule of lycoris_stem_1" in witness.absent
+    else:
+        assert (witness.who, witness.settings, witness.outputs) == ("LyCORIS", len(checkpoint.adapters), 1)
+        assert max(witness.error, witness.output_error) < 1e-12
     ((_, reference),) = proven.reference.outputs.items()
     with torch.no_grad():
         expected = model(proven.reference.inputs["x"].double())
     assert float((reference - expected).abs().max()) < 1e-12 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("lora", "scale", lambda p: 1.0),
+        ("loha", "scale", lambda p: 2 * p.scale),
+        ("loha", "a1", lambda p: p.a2),
+        ("lokr", "scale", lambda p: p.scale / 3),
+        ("glora", "scale", lambda p: -p.scale),
+    ],
+)
+def test_a_misread_file_is_found_out_by_lycoris_itself(name: str, field: str, value: Any, tmp_path: Path) -> None:
+    trained(ALGORITHMS[name], tmp_path / "net.safetensors")
+    checkpoint = read(tmp_path / "net.safetensors")
+    adapters = tuple(
+        replace(a, params=replace(a.params, **{field: value(a.params)})) if a.module.endswith("head") else a
+        for a in checkpoint.adapters
+    )
+    wrong = replace(checkpoint, adapters=adapters)
+    weights = rx.fuse(wrong)
+    assert rx.verify(wrong, weights, count=2, witness="none").certificate.verdict == "exact"
+    with pytest.raises(EquivalenceError, match=r"head: the answers of LyCORIS' .* and ours differ"):
+        rx.verify(wrong, weights, count=2)
 
 
 def test_the_kinds_are_the_ones_of_the_file(tmp_path: Path) -> None:

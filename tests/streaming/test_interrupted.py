@@ -33,7 +33,8 @@ for name in ("pwrite", "fsync", "replace", "rename", "unlink", "rmdir", "ftrunca
 from reparam_export.streaming import rows
 rows.ENTRIES = 1024
 from reparam_export.cli import cli
-cli.main([*sys.argv[1:], "--witness", "none"], standalone_mode=False)  # folding is what is interrupted here
+folding = ["--witness", "none"] if sys.argv[1] == "fuse" else []  # it is what is interrupted here
+cli.main([*sys.argv[1:], *folding], standalone_mode=False)
 print("calls", calls[0])
 """
 
