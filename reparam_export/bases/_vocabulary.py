@@ -28,7 +28,8 @@ def fit_vocabulary(config: Any, model_class: Any, replaced: Shapes) -> None:
         return
     with torch.device("meta"):
         model = model_class(config)
-    inputs, outputs = _names(model, model.get_input_embeddings()), _names(model, model.get_output_embeddings())
+    table, head = token_layers(model)
+    inputs, outputs = _names(model, table), _names(model, head)
     rows = next((tables[name][0] for name in inputs if name in tables), None)
     rows = size if rows is None else rows
     for name in outputs:
@@ -41,8 +42,20 @@ def fit_vocabulary(config: Any, model_class: Any, replaced: Shapes) -> None:
                 expected=rows,
                 found=replaced[name][0],
             )
-    if model.get_input_embeddings().weight.shape[0] == size:
+    if table is not None and table.weight.shape[0] == size:
         text.vocab_size = rows
+
+
+def token_layers(model: Any) -> tuple[Any, Any]:
+    """The layer that tokens go in by, and the one that they come out of; None for what a model of transformers does not have."""
+
+    def of(method: str) -> Any:
+        try:
+            return getattr(model, method)()
+        except (AttributeError, NotImplementedError):  # transformers' way to say so, as of CLIPModel
+            return None
+
+    return of("get_input_embeddings"), of("get_output_embeddings")
 
 
 def _names(model: Any, part: Any) -> list[str]:

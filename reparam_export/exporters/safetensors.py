@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reparam_export.bases._vocabulary import token_layers
 from reparam_export.errors import ExportError, MissingBackendError
 from reparam_export.exporters.artifact import Artifact
 from reparam_export.files import plain_shard_name, read_json, save_safetensors, sha256
@@ -157,7 +158,7 @@ def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], mod
 def _parted(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: VerifiedModel) -> dict[str, Any]:
     """The entry that keeps head and embeddings apart, where the proven model has two tensors and the config says one."""
     module: Any = model.module()
-    found = (module.get_input_embeddings(), module.get_output_embeddings())
+    found = token_layers(module)
     names = {
         f"{name}.weight" for name, part in module.named_modules() if part is not None and any(part is f for f in found)
     }
@@ -188,9 +189,7 @@ def class_of(config: Mapping[str, Any], model: VerifiedModel) -> dict[str, Any]:
 
 def tables_of(config: Mapping[str, Any], module: Any, weights: FusedWeights) -> dict[str, Any]:
     """Config entries for the embedding and the output layer, where the checkpoint changed their size, or untied them."""
-    if not hasattr(module, "get_input_embeddings"):
-        return {}
-    layers = [x for x in (module.get_input_embeddings(), module.get_output_embeddings()) if hasattr(x, "weight")]
+    layers = [layer for layer in token_layers(module) if hasattr(layer, "weight")]
     named = [f"{name}.weight" for name, part in module.named_modules() if any(part is each for each in layers)]
     found: dict[str, Any] = {}
     if any(name in weights.replaced for name in named):

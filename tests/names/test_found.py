@@ -9,6 +9,7 @@ import pytest
 from reparam_export.errors import TensorMismatchError, UsageError
 from reparam_export.names import Own, Place
 from reparam_export.names.found import read_names, renamed
+from reparam_export.names.underscored import read_underscored
 
 FILE = Path("adapter.pt")
 
@@ -87,3 +88,12 @@ def test_renames_take_whole_parts_in_order() -> None:
     names = ["layers.1.q.weight", "layers.10.q.weight"]
     assert list(renamed(names, ["layers.1=blocks.1"], FILE).values()) == ["blocks.1.q.weight", "layers.10.q.weight"]
     assert list(renamed(names, ["=net", "net.layers="], FILE).values()) == ["1.q.weight", "10.q.weight"]
+
+
+def test_a_model_inside_the_base_by_names_with_underscores() -> None:
+    modules = ["net.down.0.attn.to_q", "net.down.0.attn.to_v"]
+    base = own(*(f"{module}.weight" for module in modules), "other.fc.weight")
+    stems = [f"lora_unet_{module.removeprefix('net.').replace('.', '_')}" for module in modules]
+    assert [p.module for p in read_underscored(stems, base, FILE).places.values()] == modules
+    with pytest.raises(TensorMismatchError, match="names no module"):
+        read_underscored([*stems, "lora_unet_up_0"], base, FILE)
