@@ -55,6 +55,7 @@ def named(checkpoint: Checkpoint, own: Own) -> Checkpoint:
         base_state={_whole(name, reading): tensor for name, tensor in checkpoint.base_state.items()},
         base_digests={_whole(name, reading): digest for name, digest in checkpoint.base_digests.items()},
         notes=(*checkpoint.notes, *([f"{reading.said}: {_example(places)}"] if reading.said else [])),
+        spelled=_spelled(places),
         covers=lambda names: [],  # checked above, in the file's own names
         only=False,
         named=True,
@@ -148,6 +149,14 @@ def _check_dialect(
     given = {place: name for name, place in places.items()}
     own = [(name, p) for name, p in reading.others.items() if name.endswith(".weight") and p.tensor in tensors]
     check_covered([given.get(place, name).removesuffix(".weight") for name, place in own], checkpoint)
+
+
+def _spelled(places: Mapping[str, Place]) -> dict[str, str]:
+    """The modules that the base calls otherwise than the file; none where the base gathers some of the file's in stacks."""
+    if not all(place.whole for place in places.values()):
+        return {}
+    pairs = ((name.rpartition(".")[0] or name, place.module) for name, place in places.items())
+    return {file: base for file, base in pairs if file != base}
 
 
 def _example(places: Mapping[str, Place]) -> str:

@@ -244,6 +244,9 @@ class Checkpoint:
     by_shapes: bool = False  # ``bind`` looks at the names and shapes of the base only, not at its numbers
     task: str | None = None  # peft's task_type
     named: bool = False  # under the base's own names; see ``naming``
+    spelled: Mapping[str, str] = field(
+        default_factory=dict
+    )  # modules by their names in the file, where the base has others
     dropped: tuple[str, ...] = ()  # names of the file's tensors that the user left out
 
     def describe(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from reparam_export.errors import CheckpointError, MissingBackendError
 from reparam_export.files import read_json
 from reparam_export.models import first_line
 from reparam_export.verification.witness import UnableError
+from reparam_export.verification.witness._peft_names import under_base_names
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,6 +30,7 @@ class Read:
 
     model: nn.Module
     version: str
+    renamed: bool = False  # from a copy of the folder under the base's own names
 
     def own_tensors(self) -> dict[str, Tensor]:
         """The tensors of peft's model under the base's own names, where peft put the checkpoint's in place of the base's."""
@@ -57,10 +59,11 @@ def loaded(checkpoint: Checkpoint, fresh: Callable[[], nn.Module], *, skeleton: 
     for attempt in attempts:
         base = fresh()
         check_patterns_of(folder, base)
+        file = next(folder / name for name in WEIGHTS if (folder / name).is_file())
         try:
-            with quiet(), offline():
-                model = _load(peft, base.double() if attempt == "float64" else base, folder, checkpoint.dropped)
-            return Read(model if skeleton else model.double(), str(peft.__version__))
+            with quiet(), offline(), under_base_names(checkpoint, folder, file) as (place, renamed):
+                model = _load(peft, base.double() if attempt == "float64" else base, place, checkpoint.dropped)
+            return Read(model if skeleton else model.double(), str(peft.__version__), renamed)
         except UnableError:
             raise
         except Exception as error:  # of another library on a damaged or foreign folder: many types, one meaning

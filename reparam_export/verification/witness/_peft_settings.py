@@ -95,11 +95,16 @@ def _parameter_parted(name: str, wrapper: Any, adapters: Sequence[Adapter], who:
     site = f"{name}.{parameter}"
     if not own:
         return [f"{site}: {who} adapts this parameter, we do not"]
-    found = [_parted(site, "matrices of the stack", len(own), wrapper.num_experts, who)]
+    experts = {expert: [said_by_us(a) for a in own if a.expert == expert] for expert in {a.expert for a in own}}
+    found = [_parted(site, "matrices of the stack", len(experts), wrapper.num_experts, who)]
     theirs = said_by_peft(wrapper, "lora")
-    for what in ("rank", "scale"):
-        values = {said_by_us(a)[what] for a in own if what in said_by_us(a)}
-        found += [_parted(site, what, value, theirs[what], who) for value in values]
+    if all(
+        "rank" in said for each in experts.values() for said in each
+    ):  # of rows apart, peft puts the ranks side by side
+        ranks = {sum(said["rank"] for said in each) for each in experts.values()}
+        found += [_parted(site, "rank", rank, theirs["rank"], who) for rank in ranks]
+    scales = {said["scale"] for each in experts.values() for said in each if "scale" in said}
+    found += [_parted(site, "scale", scale, theirs["scale"], who) for scale in scales]
     return [text for text in found if text]
 
 

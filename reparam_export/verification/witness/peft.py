@@ -21,6 +21,7 @@ from reparam_export.verification.witness import Subject, UnableError
 from reparam_export.verification.witness._layers import BOUND, answer, error, inputs_of, tensors_error, unfused
 from reparam_export.verification.witness._peft_alone import adapter_alone, with_base
 from reparam_export.verification.witness._peft_model import Read, below, loaded, of_name, tuner_layers
+from reparam_export.verification.witness._peft_names import NOTE
 from reparam_export.verification.witness._peft_settings import settings_parted
 from reparam_export.verification.witness._whole import whole_parted
 
@@ -77,7 +78,7 @@ class Found:
 
 def compare_layers(read: Read, subject: Subject, adapters: Sequence[Adapter]) -> Found:
     """Every layer of peft's model against our adapters: the same modules, the same settings, the same answers."""
-    found = Found()
+    found = Found(notes=[NOTE] if read.renamed else [])
     layers = tuner_layers(read.model)
     ours: dict[str, list[Adapter]] = {name: [a for a in adapters if below(a.module, name)] for name in layers}
     replaced = subject.checkpoint.replaced
