@@ -46,7 +46,9 @@ class Shard:
 class Plan:
     """Everything that is decided before folding starts."""
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint  # under the names of the base's files
+    model: Checkpoint  # under those of its model
+    files: Mapping[str, str]  # modules of the model by the names that the files have, where these are others
     source: Path
     config: dict[str, Any]  # as it will be written
     corrected: dict[str, Any]  # what of it was changed
@@ -116,8 +118,8 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     structure = structure_of(config, shapes, base, exact=checkpoint.positional)
     checkpoint = _bound(named_each(checkpoint, structure.own), base)
-    renamed = bool(structure.own.files or structure.own.routers)
-    if renamed:
+    model, own_files = checkpoint, structure.own.files
+    if own_files or structure.own.routers:
         structure, checkpoint = _in_files(structure, checkpoint)
     check_names(structure, stored, config, checkpoint.replaced)
     structure, parted = _parted(structure, stored)
@@ -144,6 +146,8 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
     fused = {f"{module}.{part}" for module in touched for part in ("weight", "bias")} | stacks.keys()
     return Plan(
         checkpoint=checkpoint,
+        model=model,
+        files={p.module: n.rpartition(".")[0] for n, p in own_files.items() if p is not None and p.whole},
         source=source,
         config=own | corrected,
         corrected={k: v for k, v in corrected.items() if config.get(k) != v} | retyped_entries,
@@ -152,7 +156,7 @@ def plan_of(checkpoint: Checkpoint, storage: str | None = None) -> Plan:
         touched=touched,
         stacks=stacks,
         originals={name: stored[name] for name in stacks},
-        renamed=bool(structure.own.files),
+        renamed=bool(own_files),
         tensors={name: tensor for name, tensor in (stored | replaced).items() if name not in fused},
         created=tuple(sorted(created)),
         zeros=tuple(zeros),

@@ -11,6 +11,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -67,13 +68,14 @@ def subject_of(plan: Plan, seed: int = 0, limit: int = LIMIT) -> Subject:
     from reparam_export.assembly import base_of
     from reparam_export.bases import hf
 
-    drawn = _drawn(plan, seed, limit)
-    base = base_of(plan.checkpoint)
+    layers = _layers(plan)
+    drawn = _drawn(layers, seed, limit)
+    base = base_of(plan.model)
     bare: list[Any] = []
 
     def fresh() -> nn.Module:
         model = hf.skeleton(base)
-        for name, touched in plan.touched.items():
+        for name, touched in layers.items():
             if name in drawn or _plain_lora(touched):
                 _lay_out(model.get_submodule(name), touched, plan, exact=name in drawn)
         return model
@@ -83,9 +85,9 @@ def subject_of(plan: Plan, seed: int = 0, limit: int = LIMIT) -> Subject:
         if not bare:
             bare.append(hf.skeleton(base))
         module: nn.Module = bare[0].get_submodule(name)
-        return _filled(module, plan.touched[name]) if name in drawn else module
+        return _filled(module, layers[name]) if name in drawn else module
 
-    return Subject(_in_torch(plan.checkpoint), fresh, filled, seed=seed, limit=limit, numbers=drawn)
+    return Subject(_in_torch(plan.model), fresh, filled, seed=seed, limit=limit, numbers=drawn)
 
 
 def _in_torch(checkpoint: Checkpoint) -> Checkpoint:
@@ -103,14 +105,21 @@ def _in_torch(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, adapters=adapters, replaced={**checkpoint.replaced, **biases})
 
 
-def _drawn(plan: Plan, seed: int, limit: int) -> frozenset[str]:
+def _layers(plan: Plan) -> dict[str, Touched]:
+    """The touched layers by their names in the model; what the model reads itself, as the stacks of experts, is none."""
+    modules = dict.fromkeys(a.module for a in plan.model.adapters if a.parameter is None)
+    named = {module: plan.files.get(module, module) for module in modules}
+    return {module: plan.touched[file] for module, file in named.items() if file in plan.touched}
+
+
+def _drawn(layers: Mapping[str, Touched], seed: int, limit: int) -> frozenset[str]:
     """All layers where they hold no more entries than the limit, else a seeded choice; at least one."""
-    names = sorted(plan.touched)
+    names = sorted(layers)
     random.Random(seed).shuffle(names)
     kept: list[str] = []
     entries = 0
     for name in names:
-        out, inn = plan.touched[name].shape
+        out, inn = layers[name].shape
         entries += out * inn
         if kept and entries > limit:
             break

@@ -26,3 +26,15 @@ def test_it_is_the_model_that_its_own_library_runs(wild: Wild, tmp_path: Path) -
     largest = float(made.expected.abs().max())
     assert float((found - made.expected).abs().max()) < 1e-5 * largest
     assert float((without - made.expected).abs().max()) > 1e-2 * largest  # the adapter matters
+
+
+@pytest.mark.parametrize("wild", WILD, ids=[wild.name for wild in WILD])
+def test_its_library_bears_witness(wild: Wild, tmp_path: Path) -> None:
+    made = wild.make(tmp_path)
+    checkpoint = rx.read(made.path, **made.options)
+    proven = rx.verify(checkpoint, rx.fuse(checkpoint), count=2)
+    (heard,) = proven.certificate.witness
+    assert heard.who == "peft"
+    assert heard.layers == heard.of_layers > 0
+    assert heard.outputs > 0
+    assert not heard.differences

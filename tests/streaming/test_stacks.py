@@ -69,7 +69,9 @@ def adapter_on(model: Any, base: Path, folder: Path, **settings: Any) -> None:
 def as_in_memory(adapter: Path, out: Path, dtype: str | None = None) -> rx.FusedWeights:
     """Stream, and hold every byte against folding in memory; the weights as a later stage reads them."""
     checkpoint = rx.read(adapter)
-    stream(plan_of(checkpoint, dtype), out)
+    record = stream(plan_of(checkpoint, dtype), out)
+    assert record["witness"][0]["who"] == "peft"
+    assert record["witness"][0]["settings"] > 0
     made = load_file(out / "hf" / "model.safetensors")
     expected = rx.fuse(checkpoint, dtype)
     skeleton = rx.assembly.base_of(checkpoint).skeleton()
