@@ -52,11 +52,16 @@ def trained_tokens(source: Source, claim: Claim) -> list[Adapter]:
 
 
 def on_every_tie(module: nn.Module, adapter: Adapter) -> list[Adapter]:
-    """Trained tokens on their embedding and, as peft has it, on the layers that share its weight, on the side of their outputs."""
+    """Trained tokens on their embedding and, as peft has it, on the layers that share its weight, on the side of their outputs.
+
+    peft looks for those where a model's config says ``tie_word_embeddings`` only; in any other model the head keeps the base's weight.
+    """
     from torch import nn as torch_nn
 
+    tied = getattr(getattr(module, "config", None), "tie_word_embeddings", False)
     shared = module.get_submodule(adapter.module).get_parameter("weight")
     owners = [name for name, part in module.named_modules() if part._parameters.get("weight") is shared]
+    owners = owners if tied else [adapter.module]
     found = []
     for name in owners:
         layer = module.get_submodule(name)

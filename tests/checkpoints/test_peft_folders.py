@@ -344,3 +344,37 @@ def test_the_adapters_own_tokenizer_goes_with_the_model_and_that_is_said(
         artifact = rx.export(rx.verify(checkpoint, weights, count=2), "safetensors", tmp_path / "out")
         assert ("tokenizer of the adapter's folder" in artifact.note) == (kind != "none")
         assert ("chat_template.jinja" in artifact.details.get("tokenizer", ())) == (kind != "none")
+
+
+class TiedBySelf(torch.nn.Module):
+    """A head that shares the embedding's weight, in a model without a config: peft does not look for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20, bias=False)
+        self.middle = torch.nn.Linear(8, 8)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.middle(self.embed(ids)))  # type: ignore[no-any-return]
+
+
+def tied_by_self() -> TiedBySelf:
+    torch.manual_seed(3)
+    return TiedBySelf()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trained_tokens_leave_a_head_alone_that_peft_leaves_alone(tmp_path: Path) -> None:
+    model = peft.get_peft_model(
+        tied_by_self(), peft.LoraConfig(target_modules=["middle"], trainable_token_indices={"embed": [2, 5]})
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens" in name or "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    base = f"py:{__file__}:tied_by_self"
+    checkpoint = rx.read(tmp_path, base, inputs=["ids=batch,4:int64:20"])
+    with pytest.raises(rx.errors.SharedWeightError, match=r"embed\.weight"):
+        rx.fuse(checkpoint)
