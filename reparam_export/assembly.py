@@ -64,12 +64,31 @@ def opened(checkpoint: Checkpoint) -> tuple[nn.Module, Signature, Checkpoint]:
     checkpoint = settled(checkpoint)
     module, signature = base_of(checkpoint).build()
     checkpoint = settled(checkpoint, module)
+    _check_folder(checkpoint, module)
     check_trained_on(checkpoint, dict(module.named_parameters(remove_duplicate=False)).get)
     module, untied = whole(module, checkpoint)
     on_base = bound(checkpoint, module)
     for member in on_base.members or (on_base,):
         _check_groups(member, module)
     return module, signature, replace(on_base, untied=untied)
+
+
+def _check_folder(checkpoint: Checkpoint, module: nn.Module) -> None:
+    """Raises TensorMismatchError where a file carries its base, and the folder that is given for it has other numbers below the adapters.
+
+    One of the two is the wrong one; a state dict that was saved while its adapters were merged is told so.
+    """
+    from reparam_export.hf_folder import folder_of
+    from reparam_export.names.conversions import places_in_files
+    from reparam_export.state import stored_in
+
+    folder = folder_of(checkpoint.base) if checkpoint.base_state and checkpoint.base_weights is None else None
+    if folder is None or (not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin"))):
+        return  # it gives the configuration alone
+    places = places_in_files(module) or {}
+    files = {place.tensor: name for name, place in places.items() if place is not None and place.whole}
+    given = stored_in(folder, [files.get(name, name) for name in checkpoint.base_digests])
+    check_trained_on(checkpoint, lambda name: given.get(files.get(name, name)))
 
 
 def _check_groups(checkpoint: Checkpoint, module: nn.Module) -> None:

@@ -109,7 +109,8 @@ def check_trained_on(checkpoint: Checkpoint, parameter: Callable[[str], Tensor |
         if odd:
             raise TensorMismatchError(
                 f"{member.path}: it was trained on a base with other numbers than {checkpoint.base} has: {len(odd)} of {len(known)} "
-                f"parameters differ, first {odd[0]}; give the base that it was trained on, or save() it with base_state=True",
+                f"parameters differ, first {odd[0]}; give the base that it was trained on, or save() it with base_state=True. A file "
+                "that holds its base and was saved while its adapters were merged has such numbers, too: unmerge them before saving",
                 module=odd[0].rpartition(".")[0],
                 tensor=odd[0],
                 expected=known[odd[0]][1],

@@ -52,6 +52,15 @@ def load_state(path: Path | str, entry: str | None = None) -> dict[str, Tensor]:
     )
 
 
+def stored_in(folder: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Those of these tensors that the weight files of a Hugging Face folder hold. Raises CheckpointError."""
+    from reparam_export.files import weight_files
+
+    files = weight_files(folder)
+    wanted = {path for name, path in files.items() if name in names or not name}
+    return {name: t for path in sorted(wanted) for name, t in load_state(path).items() if name in names}
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over name, dtype, shape and blake3 of the bytes of every tensor, in the order of the names."""
     return digest_of((name, str(t.dtype), tuple(t.shape), content_digest(t)) for name, t in tensors.items())

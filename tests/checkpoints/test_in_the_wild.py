@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_the_wild import WILD, Wild, answers
+import torch
+from in_the_wild import WILD, Wild, adapted, answers, language_model, saved
 
 import reparam_export as rx
 from reparam_export.assembly import base_of, fused, settled
@@ -38,3 +39,24 @@ def test_its_library_bears_witness(wild: Wild, tmp_path: Path) -> None:
     assert heard.layers == heard.of_layers > 0
     assert heard.outputs > 0
     assert not heard.differences
+
+
+def test_a_state_dict_that_was_saved_merged_is_told_from_its_base(tmp_path: Path) -> None:
+    base = saved(language_model(), tmp_path / "base")
+    model = adapted(language_model(), base, tmp_path / "adapter", target_modules=["q_proj", "up_proj"])
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    model.merge_adapter()
+    torch.save(model.state_dict(), tmp_path / "merged.pt")
+    given = {"base": f"hf:{base}", "config": tmp_path / "adapter" / "adapter_config.json"}
+    assert rx.fuse(rx.read(tmp_path / "plain.pt", **given)).changed
+    with pytest.raises(rx.errors.TensorMismatchError, match=r"4 of 4 parameters differ.*merged"):
+        rx.fuse(rx.read(tmp_path / "merged.pt", **given))
+
+
+def test_peft_bears_witness_for_a_table_with_added_tokens(tmp_path: Path) -> None:
+    base, model = saved(language_model(), tmp_path / "base"), language_model()
+    model.resize_token_embeddings(101, mean_resizing=False)
+    adapted(model, base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    checkpoint = rx.read(tmp_path / "adapter")
+    (heard,) = rx.verify(checkpoint, rx.fuse(checkpoint), count=2, witness="required").certificate.witness
+    assert heard.outputs > 0

@@ -58,11 +58,13 @@ def loaded(checkpoint: Checkpoint, fresh: Callable[[], nn.Module], *, skeleton: 
     failure: Exception | None = None
     for attempt in attempts:
         base = fresh()
+        _resize(base, checkpoint)
         check_patterns_of(folder, base)
         file = next(folder / name for name in WEIGHTS if (folder / name).is_file())
         try:
             with quiet(), offline(), under_base_names(checkpoint, folder, file) as (place, renamed):
-                model = _load(peft, base.double() if attempt == "float64" else base, place, checkpoint.dropped)
+                known = (*checkpoint.dropped, *_written_twice(file))
+                model = _load(peft, base.double() if attempt == "float64" else base, place, known)
             return Read(model if skeleton else model.double(), str(peft.__version__), renamed)
         except UnableError:
             raise
@@ -70,6 +72,26 @@ def loaded(checkpoint: Checkpoint, fresh: Callable[[], nn.Module], *, skeleton: 
             failure = failure or error
     assert failure is not None
     raise UnableError(f"peft {peft.__version__} cannot load {folder} on this base: {first_line(failure)}") from failure
+
+
+def _resize(base: Any, checkpoint: Checkpoint) -> None:
+    """As every user does before loading a folder with a table of another number of tokens."""
+    from reparam_export.bases._vocabulary import token_layers
+
+    table = token_layers(base)[0] if hasattr(base, "resize_token_embeddings") else None
+    name = next((f"{n}.weight" for n, part in base.named_modules() if table is not None and part is table), None)
+    brought = checkpoint.replaced.get(name) if name is not None else None
+    if brought is not None and table is not None and int(brought.shape[0]) != int(table.weight.shape[0]):
+        base.resize_token_embeddings(int(brought.shape[0]), mean_resizing=False)
+
+
+def _written_twice(file: Path) -> list[str]:
+    """Tensors that peft writes under two names, with and without ``modules_to_save``, as of resized embeddings, and reads under one."""
+    from reparam_export.state import load_state
+
+    state = load_state(file)
+    plain = {name: name.replace(".modules_to_save.", ".") for name in state if ".modules_to_save." in name}
+    return [name for name, other in plain.items() if other in state and bool((state[name] == state[other]).all())]
 
 
 def _load(peft: Any, base: nn.Module, folder: Path, dropped: Sequence[str] = ()) -> nn.Module:
