@@ -15,6 +15,7 @@ from reparam_export.fit import check_covered
 from reparam_export.names import Own, Place
 from reparam_export.names.found import Fits, Reading, read_names, renamed
 from reparam_export.names.underscored import read_underscored
+from reparam_export.names.wrappers import OUTER
 
 if TYPE_CHECKING:
     from reparam_export.affine import Tensor
@@ -33,6 +34,8 @@ def named(checkpoint: Checkpoint, own: Own) -> Checkpoint:
     )
     if not keys:
         return replace(checkpoint, named=True)
+    if not checkpoint.recipe.renames:
+        _check_outer(checkpoint, own, keys)
     now = renamed(keys, checkpoint.recipe.renames, checkpoint.path)
     _check_once(now, checkpoint)
     if checkpoint.underscored:
@@ -41,6 +44,7 @@ def named(checkpoint: Checkpoint, own: Own) -> Checkpoint:
         fits = _fits(placed, checkpoint, own, now)
         reading = read_names(list(now.values()), own, checkpoint.path, fits, checkpoint.task == "CAUSAL_LM")
     places = {key: reading.places[name] for key, name in now.items()}
+    _check_places(places, checkpoint)
     if not reading.said and not checkpoint.recipe.renames and not any(a.module in own.routers for a in placed):
         return replace(checkpoint, named=True)
     _check_dialect(checkpoint, reading, places, own.tensors)
@@ -129,6 +133,30 @@ def _moved(adapter: Adapter, place: Place, own: Own, checkpoint: Checkpoint) -> 
         )  # fmt: skip
     rows = adapter.rows if place.rows is None else place.rows
     return replace(adapter, module=place.module, parameter=place.parameter, expert=place.expert, rows=rows)
+
+
+def _check_places(places: Mapping[str, Place], checkpoint: Checkpoint) -> None:
+    """Raises TensorMismatchError for two names of a file that are one of the base's: one would be lost, or be added to the other."""
+    seen: dict[Place, str] = {}
+    for name, place in places.items():
+        if place in seen:
+            raise TensorMismatchError(
+                f"{checkpoint.path}: {seen[place]} and {name} are both {place.tensor} in this base; the file holds two "
+                "adapters, or is mixed up",
+                module=place.module, tensor=name, expected="one name", found=[seen[place], name],
+            )  # fmt: skip
+        seen[place] = name
+
+
+def _check_outer(checkpoint: Checkpoint, own: Own, names: Collection[str]) -> None:
+    """Raises TensorMismatchError where ``module.`` was taken for a wrapper's, and the base has modules of both names."""
+    if checkpoint.outer and names and all(f"{OUTER}.{n}" in own.tensors and n in own.tensors for n in names):
+        first = next(iter(names))
+        raise TensorMismatchError(
+            f"{checkpoint.path}: {OUTER}.{first} could be the base's own, or its {first} in a wrapper; say which: --rename ={OUTER} "
+            f"puts the name in front again, --rename {first.partition('.')[0]}={first.partition('.')[0]} leaves it out",
+            module=first.rpartition(".")[0], tensor=first, expected=first, found=[first, f"{OUTER}.{first}"],
+        )  # fmt: skip
 
 
 def _check_once(now: Mapping[str, str], checkpoint: Checkpoint) -> None:

@@ -24,9 +24,11 @@ def set_aside(folder: Path, names: tuple[str, ...] = LOADABLE) -> list[str]:
     paths = [path for name in names for path in sorted(folder.glob(name)) if not path.name.endswith(ENDING)]
     for path in paths:
         aside = path.with_name(path.name + ENDING)
-        if aside.is_dir():
+        if aside.is_symlink():
+            aside.unlink()
+        elif aside.is_dir():
             shutil.rmtree(aside)
-        if path.is_dir():  # its files first: a kill in between leaves nothing that loads
+        if path.is_dir() and not path.is_symlink():  # its files first: a kill in between leaves nothing that loads
             for file in sorted(path.rglob("*")):
                 if file.is_file() and not file.name.endswith(ENDING):
                     file.rename(file.with_name(file.name + ENDING))

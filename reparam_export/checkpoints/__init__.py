@@ -244,6 +244,7 @@ class Checkpoint:
     by_shapes: bool = False  # ``bind`` looks at the names and shapes of the base only, not at its numbers
     task: str | None = None  # peft's task_type
     named: bool = False  # under the base's own names; see ``naming``
+    outer: bool = False  # ``module.`` in front of all names of the file was taken for a wrapper's
     spelled: Mapping[str, str] = field(
         default_factory=dict
     )  # modules by their names in the file, where the base has others
@@ -366,6 +367,7 @@ def read(
         bind=parts.bind,
         expected=parts.expected,
         underscored=parts.underscored,
+        outer=source.outer,
         by_shapes=parts.by_shapes,
         task=parts.task,
     )

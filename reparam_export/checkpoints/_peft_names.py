@@ -62,6 +62,12 @@ def targets(config: Mapping[str, Any]) -> Covers | None:
     """The modules that peft adapts for this configuration, as it matches names; None where the list does not say."""
     wanted, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     saved = config.get("modules_to_save") or []
+    for name, value in (("target_modules", wanted), ("exclude_modules", excluded), ("modules_to_save", saved)):
+        texts = [value] if isinstance(value, str) else value
+        if texts and not (isinstance(texts, list | tuple | set) and all(isinstance(text, str) for text in texts)):
+            raise CheckpointError(
+                f"adapter_config.json: {name} is {str(value)[:80]}; expected a name, a pattern or a list of names"
+            )
     if not wanted or wanted == "all-linear":
         return None
 

@@ -23,7 +23,7 @@ from reparam_export.files import (
     read_json,
     state_dicts,
 )
-from reparam_export.names.wrappers import unwrapped
+from reparam_export.names.wrappers import has_outer, unwrapped
 
 NATIVE = "reparam-export/1"
 
@@ -41,6 +41,7 @@ class Source:
     settings: Settings
     base_given: bool
     weights_given: bool = False  # the base's, apart from this file
+    outer: bool = False  # ``module.`` in front of all names was taken for a wrapper's
 
     def claim(self) -> Claim:
         """All tensors, to be taken one by one; what is not taken is an error."""
@@ -160,7 +161,8 @@ def open_source(
             content, tensors = loaded if isinstance(loaded, Mapping) else {}, _state(file, loaded, settings)
     check_whole(path, tensors, config)
     check_beside(beside, config)
-    return Source(path, file, unwrapped(tensors, file), config, metadata, content, settings, base_given, weights_given)
+    outer, plain = has_outer(list(tensors)), unwrapped(tensors, file)
+    return Source(path, file, plain, config, metadata, content, settings, base_given, weights_given, outer)
 
 
 def _state(file: Path, loaded: Any, settings: Settings) -> dict[str, Tensor]:

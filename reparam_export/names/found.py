@@ -197,7 +197,7 @@ def renamed(names: Iterable[str], renames: Sequence[str], path: Path) -> dict[st
                 f"--rename {text!r}: expected OLD=NEW, parts of dotted names, such as --rename encoder=model.encoder"
             )
         changed = {name: _replaced(now, old.strip("."), new.strip(".")) for name, now in found.items()}
-        if changed == found:
+        if all(_replaced(now, old.strip("."), "\0") == now for now in found.values()):
             raise UsageError(
                 f"--rename {text!r}: changes no name of {path}; it has {', '.join(list(found)[:SHOWN])}, ..."
             )

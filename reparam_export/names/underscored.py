@@ -49,7 +49,23 @@ def _read(stems: Sequence[str], universe: Mapping[str, Place], path: Path, of: s
             f"{error}; it has the parts {', '.join(parts)}, each for a model of its own: --set part={'|'.join(parts)} reads one of them",
             module=error.module, tensor=error.tensor, expected=error.expected, found=error.found,
         ) from error  # fmt: skip
+    _check_apart(groups, found, path)
     return Reading({stem: universe[name] for stem, name in found.items()}, {}, f"names with _ for the dots{of}")
+
+
+def _check_apart(groups: Mapping[str, Sequence[str]], found: Mapping[str, str], path: Path) -> None:
+    """Raises TensorMismatchError where two models of one file would be one of the base: each must lie under an attribute of its own."""
+    roots = {group: {found[stem].partition(".")[0] for stem in stems} for group, stems in groups.items()}
+    parts = list(roots)
+    for number, group in enumerate(parts):
+        other = next((o for o in parts[:number] if roots[o] & roots[group]), None)
+        if other is not None:
+            named = [g.removeprefix("lora_") for g in parts if g]
+            raise TensorMismatchError(
+                f"{path}: adapts several models, {', '.join(named)}, and both {other} and {group} would be the base's "
+                f"{min(roots[other] & roots[group])}; --set part={'|'.join(named)} reads one of them",
+                module=groups[group][0], tensor="weight", expected="one model", found=parts,
+            )  # fmt: skip
 
 
 def _names(stems: Sequence[str], spelled: Spelled, path: Path) -> dict[str, str]:

@@ -51,6 +51,12 @@ def plain_names(names: Sequence[str]) -> list[str]:
     return _unnamed([".".join(parts) for parts in split])
 
 
+def has_outer(names: Sequence[str]) -> bool:
+    """Have all of them ``module.`` in front, which is taken for a wrapper's?"""
+    split = [[part for part in name.split(".") if part not in INNER] for name in names]
+    return bool(split) and all(_outer(parts) is not None for parts in split)
+
+
 def _outer(parts: Sequence[str]) -> int | None:
     """Where ``module`` stands in front, or after peft's own names; None where it does not, or nothing would be left."""
     at = len(HEAD) if tuple(parts[: len(HEAD)]) == HEAD else 0

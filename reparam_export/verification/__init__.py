@@ -368,12 +368,24 @@ def _inputs(
 def state_for(base: nn.Module, weights: FusedWeights) -> dict[str, Tensor]:
     """The base's tensors by name, each tied one once; under its other name too where the fused weights tell the two apart."""
     state, _ = own_state(base)
-    return state | {name: state[holder] for name, holder in untied(base, weights).items()}
+    return state | {name: state[holder] for name, holder in own_state(base)[1].items() if name in weights.tensors}
 
 
 def untied(base: nn.Module, weights: FusedWeights) -> dict[str, str]:
-    """Names that are one tensor with another in the base, and tensors of their own in the fused weights -> that other."""
-    return {name: holder for name, holder in own_state(base)[1].items() if name in weights.tensors}
+    """Names that are one tensor with another in the base, and tensors of their own in the fused weights -> that other.
+
+    base: with what the checkpoint unties untied already, where the same numbers stand twice.
+    """
+    import torch
+
+    state, aliases = own_state(base)
+    found = {name: holder for name, holder in aliases.items() if name in weights.tensors}
+    for name in weights.untied:
+        alike = (o for o, t in state.items() if o != name and name in state and t.shape == state[name].shape)
+        holder = next((o for o in alike if o not in weights.untied and torch.equal(state[o], state[name])), None)
+        if name not in found and name in weights.tensors:
+            found[name] = holder or "another"
+    return found
 
 
 def _graph(base: nn.Module, weights: FusedWeights, signature: Signature, given: Mapping[str, Tensor]) -> GraphEvidence:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from in_the_wild import WILD, Wild, adapted, answers, language_model, saved
+from in_the_wild import ADAPTER, WILD, Wild, adapted, answers, language_model, saved, seeing
+from safetensors.torch import load_file, save_file
 
 import reparam_export as rx
 from reparam_export.assembly import base_of, fused, settled
@@ -60,3 +61,44 @@ def test_peft_bears_witness_for_a_table_with_added_tokens(tmp_path: Path) -> Non
     checkpoint = rx.read(tmp_path / "adapter")
     (heard,) = rx.verify(checkpoint, rx.fuse(checkpoint), count=2, witness="required").certificate.witness
     assert heard.outputs > 0
+
+
+def test_one_module_under_its_old_and_its_new_name_is_two_adapters(tmp_path: Path) -> None:
+    base = saved(seeing(), tmp_path / "base")
+    adapted(seeing(), base, tmp_path / "adapter", target_modules=["q_proj"])
+    file = tmp_path / "adapter" / ADAPTER
+    tensors = load_file(file)
+    inner = ("base_model.model.model.language_model.", "base_model.model.language_model.model.")
+    save_file(tensors | {name.replace(*inner): 2 * tensor for name, tensor in tensors.items()}, file)
+    with pytest.raises(rx.errors.TensorMismatchError, match="are both model"):
+        rx.fuse(rx.read(tmp_path / "adapter"))
+
+
+class Twins(torch.nn.Module):
+    """Has modules of the names that a wrapper would give, and of those without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = torch.nn.Linear(6, 6)
+        self.module = torch.nn.ModuleDict({"enc": torch.nn.Linear(6, 6)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module["enc"](self.enc(x))  # type: ignore[no-any-return]
+
+
+def twins() -> Twins:
+    torch.manual_seed(2)
+    return Twins()
+
+
+def test_a_base_with_modules_as_wrappers_name_them_is_asked_about(tmp_path: Path) -> None:
+    torch.save({"module.enc.lora_A": torch.randn(2, 6), "module.enc.lora_B": torch.randn(6, 2)}, tmp_path / "lora.pt")
+    given: dict[str, Any] = {
+        "base": f"py:{__file__}:twins",
+        "inputs": ["x=batch,6"],
+        "settings": {"lora_alpha": 3, "saved_in": "train"},
+    }
+    with pytest.raises(rx.errors.TensorMismatchError, match="--rename =module"):
+        rx.fuse(rx.read(tmp_path / "lora.pt", **given))
+    assert rx.fuse(rx.read(tmp_path / "lora.pt", renames=["=module"], **given)).changed == ("module.enc.weight",)
+    assert rx.fuse(rx.read(tmp_path / "lora.pt", renames=["enc=enc"], **given)).changed == ("enc.weight",)

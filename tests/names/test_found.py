@@ -84,6 +84,18 @@ def test_renames_that_cannot_be_meant(text: str) -> None:
         renamed(BARE, [text], FILE)
 
 
+def test_two_models_of_one_file_are_not_one_model_of_the_base() -> None:
+    one = own("layers.0.q.weight", "layers.1.q.weight")
+    with pytest.raises(TensorMismatchError, match="--set part="):
+        read_underscored(["lora_te1_layers_0_q", "lora_te2_layers_1_q"], one, FILE)
+    both = own("te.layers.0.q.weight", "te2.layers.1.q.weight")
+    assert read_underscored(["lora_te1_layers_0_q", "lora_te2_layers_1_q"], both, FILE).places.keys()
+
+
+def test_a_rename_to_the_same_name_says_that_it_is_meant_so() -> None:
+    assert list(renamed(BARE, ["layers=layers"], FILE).values()) == BARE
+
+
 def test_renames_take_whole_parts_in_order() -> None:
     names = ["layers.1.q.weight", "layers.10.q.weight"]
     assert list(renamed(names, ["layers.1=blocks.1"], FILE).values()) == ["blocks.1.q.weight", "layers.10.q.weight"]

@@ -117,7 +117,11 @@ def _module(package: Any, state: Mapping[str, Any], stem: str, part: nn.Module) 
     own = {key.partition(".")[2]: tensor for key, tensor in state.items() if key.partition(".")[0] == stem}
     filled = [0.0 if w is None and key == "alpha" else w for key, w in zip(kind.weight_list, weights, strict=True)]
     attempts = [partial(package.make_module, kind, filled, stem, part)]
-    attempts += [partial(_loaded, kind, stem, part, own, more) for more in _options(own)]
+    others = [partial(_loaded, kind, stem, part, own, more) for more in _options(own)]
+    by_input = (
+        "dora_scale" in own and own["dora_scale"].shape[0] == 1
+    )  # its own maker would spread that over all outputs
+    attempts = [*others, *attempts] if by_input else [*attempts, *others]
     failure: Exception | None = None
     for make in attempts:  # its own maker does not know all that its trainer writes
         try:
