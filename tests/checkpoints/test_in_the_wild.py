@@ -96,7 +96,7 @@ def test_a_base_with_modules_as_wrappers_name_them_is_asked_about(tmp_path: Path
     given: dict[str, Any] = {
         "base": f"py:{__file__}:twins",
         "inputs": ["x=batch,6"],
-        "settings": {"lora_alpha": 3, "saved_in": "train"},
+        "settings": {"lora_alpha": 3},
     }
     with pytest.raises(rx.errors.TensorMismatchError, match="--rename =module"):
         rx.fuse(rx.read(tmp_path / "lora.pt", **given))
