@@ -1,6 +1,6 @@
-"""The README's table of files that people have: fold, export, and onnxruntime against the library that wrote the file, unfused, in float64.
+"""Files that people have: fold, export, and onnxruntime against the library that wrote the file, unfused, in float64.
 
-    python -m benchmarks.in_the_wild          prints the table and puts it into README.md
+    python -m benchmarks.in_the_wild          prints the table
 
 ``tests/checkpoints/in_the_wild.py`` makes the files; ``test_in_the_wild.py`` folds every one of them again.
 """
@@ -19,7 +19,6 @@ import reparam_export as rx
 from reparam_export.models import Input
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- in the wild: made by python -m benchmarks.in_the_wild -->", "<!-- /in the wild -->"
 HEAD = (
     "| file | who writes it | folded into | weights | second witness | error of `model.onnx` against its own library |\n"
     "|---|---|--:|---|---|--:|\n"
@@ -57,15 +56,10 @@ def run(file: Path, made: Made, inputs: tuple[Input, ...]) -> np.ndarray:
 
 
 def main() -> None:
-    """Print the table, and put it between its marks in README.md."""
-    rows = []
+    """Print the table, a row as soon as it is made."""
+    print(HEAD, end="")
     for wild in WILD:
-        rows.append(row(wild))
-        print(rows[-1], end="", flush=True)
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{HEAD}{''.join(rows)}{END}{after}", encoding="utf-8")
+        print(row(wild), end="", flush=True)
 
 
 if __name__ == "__main__":

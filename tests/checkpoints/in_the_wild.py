@@ -1,7 +1,7 @@
 """Files that people have, rebuilt small: each made by the library that writes it, with the answers of its own unfused forward in float64.
 
 Public reports on other projects' trackers are their pattern (wrappers' names, other versions' names, experts, models inside models,
-trained tokens, shards); ``test_in_the_wild.py`` folds each, and ``python -m benchmarks.in_the_wild`` makes the table from them.
+trained tokens, shards); ``test_in_the_wild.py`` folds each, and ``python -m benchmarks.in_the_wild`` makes a table of them.
 """
 
 from __future__ import annotations
