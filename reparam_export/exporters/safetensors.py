@@ -137,7 +137,7 @@ def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], mod
     stored = spread(own, own_of(model.module()).files)
     tensors.clear()
     tensors.update(stored)
-    changed = class_of(config, model) | switched | _parted(config, tensors, model)
+    changed = class_of(config, model) | switched
     config.pop("auto_map", None)
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
     config, dtype = retyped(config | changed, dtypes, held_wide(model.module()))
@@ -153,17 +153,6 @@ def write_hugging_face(source: Path, made: Path, tensors: dict[str, Tensor], mod
         (made / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _load_with_transformers(made, own, model)
     return {"config_changed": changed, "shards": len(names), **of_tokenizer(model.checkpoint)}
-
-
-def _parted(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: VerifiedModel) -> dict[str, Any]:
-    """The entry that keeps head and embeddings apart, where the proven model has two tensors and the config says one."""
-    module: Any = model.module()
-    found = token_layers(module)
-    names = {
-        f"{name}.weight" for name, part in module.named_modules() if part is not None and any(part is f for f in found)
-    }
-    both = len(names) == 2 and names <= tensors.keys()
-    return {"tie_word_embeddings": False} if both and config.get("tie_word_embeddings") else {}
 
 
 def class_of(config: Mapping[str, Any], model: VerifiedModel) -> dict[str, Any]:

@@ -22,9 +22,7 @@ from reparam_export.errors import ReparamError
 from reparam_export.layouts import site_of
 from reparam_export.verification.certificate import WitnessEvidence
 from reparam_export.verification.witness import Subject, UnableError
-from reparam_export.verification.witness._layers import BOUND
 from reparam_export.verification.witness._peft_model import Read, loaded, of_name, tuner_layers
-from reparam_export.verification.witness._whole import whole_parted
 from reparam_export.verification.witness.peft import Found, compare_layers
 
 if TYPE_CHECKING:
@@ -40,22 +38,7 @@ def testify_of_stack(subject: Subject) -> WitnessEvidence:
         alone = [replace(adapter, weight=1.0) for adapter in member.adapters]
         _add(found, compare_layers(read, replace(subject, checkpoint=member, layer=_layers(before, member)), alone))
         version, model = read.version, plain(read, before, weight)
-    whole = whole_parted(model, subject, f"peft {version}")
-    return WitnessEvidence(
-        who="peft",
-        version=version,
-        settings=found.settings,
-        layers=found.tried,
-        of_layers=found.layers,
-        seed=subject.seed,
-        error=found.error,
-        bound=BOUND,
-        outputs=whole.outputs,
-        output_error=whole.error,
-        output_bound=whole.bound,
-        differences=(*found.differences, *whole.differences),
-        notes=tuple(found.notes),
-    )
+    return found.evidence(model, subject, version)
 
 
 def in_order(checkpoint: Checkpoint) -> list[tuple[Checkpoint, float]]:

@@ -46,22 +46,7 @@ def testify(subject: Subject) -> WitnessEvidence:
         return testify_of_stack(subject)
     read = loaded(checkpoint, subject.fresh, skeleton=subject.numbers is not None)
     found = compare_layers(read, subject, checkpoint.adapters)
-    whole = whole_parted(read.model, subject, f"peft {read.version}")
-    return WitnessEvidence(
-        who="peft",
-        version=read.version,
-        settings=found.settings,
-        layers=found.tried,
-        of_layers=found.layers,
-        seed=subject.seed,
-        error=found.error,
-        bound=BOUND,
-        outputs=whole.outputs,
-        output_error=whole.error,
-        output_bound=whole.bound,
-        differences=(*found.differences, *whole.differences),
-        notes=tuple(found.notes),
-    )
+    return found.evidence(read.model, subject, read.version)
 
 
 @dataclass
@@ -74,6 +59,25 @@ class Found:
     error: float = 0.0
     differences: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def evidence(self, model: nn.Module, subject: Subject, version: str) -> WitnessEvidence:
+        """The same with the outputs of peft's whole model beside it."""
+        whole = whole_parted(model, subject, f"peft {version}")
+        return WitnessEvidence(
+            who="peft",
+            version=version,
+            settings=self.settings,
+            layers=self.tried,
+            of_layers=self.layers,
+            seed=subject.seed,
+            error=self.error,
+            bound=BOUND,
+            outputs=whole.outputs,
+            output_error=whole.error,
+            output_bound=whole.bound,
+            differences=(*self.differences, *whole.differences),
+            notes=tuple(self.notes),
+        )
 
 
 def compare_layers(read: Read, subject: Subject, adapters: Sequence[Adapter]) -> Found:
