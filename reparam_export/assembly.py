@@ -117,11 +117,12 @@ def whole(module: nn.Module, checkpoint: Checkpoint) -> tuple[nn.Module, tuple[s
 def settled(checkpoint: Checkpoint, module: nn.Module | None = None) -> Checkpoint:
     """The checkpoint under the base's own names, as far as they can be had: from its skeleton, or from the module when it is built.
 
+    To build the base, only the names of whole tensors matter: where there are none, no skeleton is made for the rest.
     Raises TensorMismatchError for names that are not the base's.
     """
     from reparam_export.names.conversions import own_of
 
-    if checkpoint.named:
+    if checkpoint.named or (module is None and not checkpoint.replaced and not checkpoint.base_state):
         return checkpoint
     skeleton = base_of(checkpoint).skeleton() if module is None else module
     return checkpoint if skeleton is None else named_each(checkpoint, own_of(skeleton))

@@ -175,8 +175,9 @@ def test_tied_tensors_of_a_whole_language_model_stay_tied(tmp_path: Path) -> Non
         "vocab_size": 64,
     }
     config = LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    model = peft.get_peft_model(LlamaForCausalLM(config), lora(target_modules=["q_proj", "v_proj"]))
+    trained_on = LlamaForCausalLM(config)
+    trained_on.save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(trained_on, lora(target_modules=["q_proj", "v_proj"]))
     torch.save(model.state_dict(), tmp_path / "model_world_size_1_rank_0.pt")
     found = rx.read(tmp_path / "model_world_size_1_rank_0.pt", f"hf:{tmp_path / 'base'}", settings={"lora_alpha": 12})
     fused = rx.fuse(found)
