@@ -307,7 +307,7 @@ def adapted_module(name: str, module: nn.Module, adapters: Sequence[Adapter], dt
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
             inputs = rows_of(x, module, layout, dtype)
-            return outputs_of(grouped(self.on_rows, inputs, groups), layout)
+            return outputs_of(grouped(self.on_rows, inputs, groups), module, layout)
 
         def on_rows(self, inputs: Tensor) -> Tensor:
             import torch

@@ -62,6 +62,7 @@ class Structure:
     ``transposed``: modules that store (in, out). ``ties``: a tensor's other name -> the name that holds it in the files. ``order``: modules
     with a weight, as the model has them; ``refused``: modules that cannot be folded, with the reason. ``shapes``: of every parameter, None
     where it is not known. ``wide``: as ``held_wide`` says. ``own``: the names of the model, and where its files have others.
+    ``scaled``: embeddings that are multiplied by a number.
     """
 
     transposed: frozenset[str]
@@ -72,6 +73,7 @@ class Structure:
     shapes: Mapping[str, tuple[int, ...]] | None = None
     wide: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     own: Own = field(default_factory=lambda: Own((), {}))
+    scaled: frozenset[str] = frozenset()
 
 
 def folder_of(spec: str | None) -> Path | None:
@@ -153,8 +155,9 @@ def _built(module: nn.Module, names: Collection[str]) -> Structure:
     from reparam_export.errors import FusionError
     from reparam_export.layouts import layout_of
     from reparam_export.names.conversions import own_of
+    from reparam_export.subclasses import scale_of
 
-    transposed, embeddings, order, refused = set(), set(), [], {}
+    transposed, embeddings, scaled, order, refused = set(), set(), set(), [], {}
     for name, part in module.named_modules():
         if "weight" not in part._parameters:
             continue
@@ -168,6 +171,8 @@ def _built(module: nn.Module, names: Collection[str]) -> Structure:
             transposed.add(name)
         if layout == "embedding":
             embeddings.add(name)
+            if scale_of(part) is not None:
+                scaled.add(name)
     groups: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -178,7 +183,15 @@ def _built(module: nn.Module, names: Collection[str]) -> Structure:
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
     wide = held_wide(module)
     return Structure(
-        frozenset(transposed), frozenset(embeddings), ties, tuple(order), refused, shapes, wide, own_of(module)
+        frozenset(transposed),
+        frozenset(embeddings),
+        ties,
+        tuple(order),
+        refused,
+        shapes,
+        wide,
+        own_of(module),
+        frozenset(scaled),
     )
 
 

@@ -2,7 +2,7 @@
 
 linear       nn.Linear (and subclasses)   weight (out, in)
 transposed   transformers' Conv1D         weight (in, out)
-embedding    nn.Embedding                 weight (in, out); input rows are one-hot
+embedding    nn.Embedding                 weight (in, out); input rows are one-hot; the outputs may all be multiplied by one number
 conv         nn.Conv1d/2d/3d              weight (out, in / groups, *kernel); input rows are patches, of its own channels for each group
 norm         nn.LayerNorm, batch norms    weight (out,); each output is a number of its own times its weight, so in is 1
 
@@ -11,21 +11,22 @@ A ``Site`` is one matrix that adapters act on: the weight of such a layer, or a 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from reparam_export.affine import Affine
 from reparam_export.checkpoints import Adapter
 from reparam_export.errors import FusionError
 from reparam_export.rounding import round_once
+from reparam_export.subclasses import is_plain, scale_of, scales_and_shifts
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
 Layout = Literal["linear", "transposed", "embedding", "conv", "norm"]
+OF_TABLES = ("lora", "dora", "tokens")  # that peft multiplies by the scale of the embeddings which they are on
 BIAS_OF = {"weight": "bias", "in_proj_weight": "in_proj_bias"}
 
 
@@ -68,6 +69,7 @@ def site_of(module: nn.Module, adapter: Adapter) -> Site:
     name = adapter.module
     if adapter.parameter is None:
         layout = layout_of(name, module)
+        check_scaled(name, adapter.kind, scaled=layout == "embedding" and scale_of(module) is not None)
         return Site(name, f"{name}.weight", f"{name}.bias" if hasattr(module, "bias") else None, layout)
     tensor = module._parameters.get(adapter.parameter)
     wanted = 2 if adapter.expert is None else 3
@@ -112,9 +114,9 @@ def layout_of(name: str, module: nn.Module) -> Layout:
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     own = plain is not None and type(module).forward is not plain.forward
     if plain is nn.LayerNorm and own:  # timm's has a forward of its own
-        own = not _scales_and_shifts(module)
-    elif plain is not None and plain not in norms and own:  # Falcon's linear layers
-        own = not _is_plain(module, plain)
+        own = not scales_and_shifts(module)
+    elif plain is not None and plain not in norms and own:  # Falcon's linear layers, Gemma's embeddings
+        own = not is_plain(module, plain)
     own = own or "forward" in vars(module)
     if "weight" not in module._parameters or hooks or own or getattr(module, "max_norm", None) is not None:
         raise FusionError(
@@ -144,120 +146,13 @@ def layout_of(name: str, module: nn.Module) -> Layout:
     )
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Does this subclass of nn.Linear, nn.Embedding or a convolution compute what these do, on inputs of several sizes, in float64?
-
-    Tried on a small layer of the same class and settings, so that neither a layer's size nor the meta device matters. One that has
-    other parameters or layers in it is not plain.
-    """
-    import torch
-
-    from reparam_export.float64 import pure_float64
-
-    forwards: list[Any] = [type(module).forward, kind.forward]
-    generator = torch.Generator().manual_seed(0)
-    try:
-        with torch.no_grad(), pure_float64():
-            small = _shrunk(module, generator)
-            for x in _probes(small, generator):
-                found, expected = (forward(small, x) for forward in forwards)
-                if found.shape != expected.shape or found.dtype != expected.dtype:
-                    return False
-                if not torch.allclose(found, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max())):
-                    return False
-    except Exception:  # a forward of somebody else's, on what it is not made for
-        return False
-    return True
-
-
-def _shrunk(module: nn.Module, generator: torch.Generator) -> Any:
-    """A layer of the same class and settings with few random numbers in float64. Raises ValueError for one that holds anything else."""
-    import torch
-    from torch import nn
-
-    small: Any = copy.copy(module)
-    shape: tuple[int, ...]
-    if module._modules or module._parameters.keys() - {"weight", "bias"}:
-        raise ValueError("it holds more than a weight and a bias")
-    if isinstance(module, nn.Embedding):
-        shape = (11, 6)
-        small.num_embeddings, small.embedding_dim = shape
-        small.padding_idx = None if module.padding_idx is None else module.padding_idx % 11
-    elif isinstance(module, nn.Linear):
-        shape = (7, 5)
-        small.out_features, small.in_features = shape
-    else:
-        groups, kernel = (getattr(module, name) for name in ("groups", "kernel_size"))
-        shape = (2 * groups, 3, *kernel)
-        small.out_channels, small.in_channels = 2 * groups, 3 * groups
-    shapes: dict[str, tuple[int, ...]] = {"weight": shape, "bias": shape[:1]}
-    small.__dict__["_parameters"] = {
-        name: None if old is None else nn.Parameter(torch.randn(shapes[name], generator=generator, dtype=torch.float64))
-        for name, old in module._parameters.items()
-    }
-    return small
-
-
-def _probes(small: Any, generator: torch.Generator) -> Iterator[Tensor]:
-    """Seeded inputs of several shapes, and for the numbers of several sizes, those of attention masks and far outliers among them."""
-    import torch
-    from torch import nn
-
-    if isinstance(small, nn.Embedding):
-        for size in ((3,), (1, 1), (2, 9)):
-            yield torch.randint(small.num_embeddings, size, generator=generator)
-        return
-    if isinstance(small, nn.Linear):
-        shapes: list[tuple[int, ...]] = [(1, 5), (4, 5), (2, 3, 5), (1, 150, 5)]
-    else:
-        spatial = [(width - 1) * gap + 1 for width, gap in zip(small.kernel_size, small.dilation, strict=True)]
-        shapes = [(2, small.in_channels, *(width + more for width in spatial)) for more in (0, 4, 9)]
-    for shape in shapes:
-        for scale in (0.01, 1.0, 100.0, 1e5):
-            yield scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def _scales_and_shifts(norm: nn.Module) -> bool:
-    """Is the forward of this kind of nn.LayerNorm x^ * weight + bias, with x^ independent of both, on the last axis or on the first?"""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    sizes = norm.get_parameter("weight").shape
-    shapes = ((2, *sizes), (2, *sizes, 3, 5))  # the second: images, channels first
-    for shape in shapes if len(sizes) == 1 else shapes[:1]:
-        x = torch.randn(shape, dtype=torch.float64, generator=generator)
-        try:
-            return _is_scaled(_real(norm), x)
-        except Exception:  # a forward of somebody else's, on a shape that it may not be made for
-            continue
-    return False
-
-
-def _real(norm: nn.Module) -> nn.Module:
-    """A copy in float64 on the CPU, with random numbers in it: with a weight of ones and a bias of zeros every norm would be plain."""
-    import torch
-
-    copied = copy.deepcopy(norm)
-    copied = (copied.to_empty(device="cpu") if norm.get_parameter("weight").is_meta else copied).double()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in copied.parameters():
-            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64, generator=generator))
-    return copied
-
-
-def _is_scaled(norm: nn.Module, x: Tensor) -> bool:
-    import torch
-
-    weight, bias = norm.get_parameter("weight"), norm._parameters.get("bias")
-    axes = weight.shape if x.ndim < 4 else (*weight.shape, 1, 1)
-    with torch.no_grad():
-        found = norm(x)
-        norm.weight = torch.nn.Parameter(torch.ones_like(weight))
-        if bias is not None:
-            norm.bias = torch.nn.Parameter(torch.zeros_like(bias))
-        expected = norm(x) * weight.reshape(axes) + (0 if bias is None else bias.reshape(axes))
-    return bool(torch.allclose(found, expected, rtol=1e-12, atol=1e-12))
+def check_scaled(name: str, kind: str, *, scaled: bool) -> None:
+    """Raises FusionError for an adapter on scaled embeddings whose own library adds it to the outputs without their scale."""
+    if scaled and kind not in OF_TABLES:
+        raise FusionError(
+            f"{name}: {kind} on embeddings that are multiplied by a number (embed_scale): the library that writes such adapters adds its "
+            f"part beside that number, or puts another layer in its place; on these, {', '.join(OF_TABLES)} can be folded"
+        )
 
 
 def matrix(weight: Tensor, layout: Layout) -> Tensor:
@@ -318,6 +213,9 @@ def channel_groups(module: nn.Module) -> int:
     return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
 
 
-def outputs_of(y: Tensor, layout: Layout) -> Tensor:
-    """Undo ``rows_of`` on the output: conv rows (batch, *positions, out) go back to (batch, out, *positions)."""
+def outputs_of(y: Tensor, module: nn.Module, layout: Layout) -> Tensor:
+    """Undo ``rows_of`` on the output: conv rows (batch, *positions, out) go back to (batch, out, *positions); a table's are scaled."""
+    if layout == "embedding":
+        scale = scale_of(module)
+        return y if scale is None else y * (scale if isinstance(scale, float) else scale.to(y.dtype))
     return y.movedim(-1, 1) if layout == "conv" else y

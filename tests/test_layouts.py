@@ -166,19 +166,107 @@ def test_falcon_is_folded_by_rows_and_in_memory(tmp_path: Path, bias: bool) -> N
     assert all(torch.equal(streamed[name], tensor) for name, tensor in rx.fuse(checkpoint).tensors.items())
 
 
+def gemma(**others: Any) -> Any:
+    """Word embeddings with ``embed_scale`` as a buffer."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, **others,
+    )  # fmt: skip
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def bart(**others: Any) -> Any:
+    """The same as a number."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=60, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, scale_embedding=True, bos_token_id=0, eos_token_id=2, pad_token_id=1, **others,
+    )  # fmt: skip
+    return transformers.BartForCausalLM(config)
+
+
+def trained(base: Any, settings: Any, folder: Path) -> Any:
+    """peft's model with random numbers, unfused, in float64; both folders are written."""
+    import peft
+
+    base.save_pretrained(folder / "base")
+    model = peft.get_peft_model(base, settings)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape, generator=generator) * 0.2
+    model.save_pretrained(folder / "adapter")
+    return model.double().eval()
+
+
+ON_TABLES: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": ["embed_tokens", "q_proj"]},
+    "dora": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 41]},
+}
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_scaled_word_embeddings_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("make", [gemma, bart])
+@pytest.mark.parametrize("name", ON_TABLES)
+def test_embeddings_that_are_scaled_are_folded_as_peft_scales_its_part(
+    name: str, make: Any, tied: bool, tmp_path: Path
+) -> None:
+    import peft
+    import transformers
+
+    settings = peft.LoraConfig(r=4, lora_alpha=10, task_type="CAUSAL_LM", **ON_TABLES[name])
+    model = trained(make(tie_word_embeddings=tied), settings, tmp_path)
+    words = ("convert", tmp_path / "adapter", "--base", f"hf:{tmp_path / 'base'}", "--to", "safetensors")
+    result = run(*words, "-o", tmp_path / "out", "--witness", "required")
+    assert result.exit_code == 0, result.output
+    assert "second witness: peft" in result.stdout
+    ids = torch.from_numpy(np.random.default_rng(0).integers(3, 60, (2, 9)))
+    ids[0, :2] = torch.tensor([3, 41])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf").double().eval()(ids).logits
+    assert float((found - expected).abs().max()) < 2e-6 * float(expected.abs().max())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("streamed", [True, False])
+def test_what_peft_adds_beside_the_scale_is_refused(streamed: bool, tmp_path: Path) -> None:
+    """HiRA adds W * B A of the table to outputs that are already scaled."""
+    import peft
+
+    trained(gemma(), peft.HiraConfig(r=4, target_modules=["embed_tokens"]), tmp_path)
+    words = ("convert", "--to", "safetensors") if streamed else ("fuse",)
+    result = run(*words, tmp_path / "adapter", "--base", f"hf:{tmp_path / 'base'}", "-o", tmp_path / "out")
+    assert result.exit_code == 4, result.output
+    assert "model.embed_tokens: hira on embeddings that are multiplied by a number (embed_scale)" in error_of(result)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["Hira", "OFT", "TinyLora"])
+def test_the_table_that_peft_saves_below_an_adapter_is_no_base(kind: str, tmp_path: Path) -> None:
+    """peft saves the embeddings with every adapter on them; a folder is not the state dict of a whole model for that."""
     import peft
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.GemmaConfig(
-        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16,
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=False,
     )  # fmt: skip
-    base = transformers.GemmaForCausalLM(config)
-    base.save_pretrained(tmp_path / "base")
-    randomized(peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["embed_tokens"])), tmp_path / "adapter")
-    result = run("fuse", tmp_path / "adapter", "--base", f"hf:{tmp_path / 'base'}", "-o", tmp_path / "out")
-    assert result.exit_code == 4, result.output
-    assert "ScaledWordEmbedding whose forward is not the plain map" in error_of(result)
+    more = {"Hira": {"r": 3}, "OFT": {"oft_block_size": 4}, "TinyLora": {}}[kind]
+    settings = getattr(peft, f"{kind}Config")(target_modules=["embed_tokens", "q_proj"], **more)
+    model = trained(transformers.LlamaForCausalLM(config), settings, tmp_path)
+    checkpoint = rx.read(tmp_path / "adapter", f"hf:{tmp_path / 'base'}")
+    plain = transformers.LlamaForCausalLM(config)
+    plain.load_state_dict(dict(rx.fuse(checkpoint).tensors))
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 60, (2, 9)))
+    with torch.no_grad():
+        expected, found = model(input_ids=ids).logits, plain.double().eval()(ids).logits
+    assert float((found - expected).abs().max()) < 2e-6 * float(expected.abs().max())

@@ -30,7 +30,7 @@ HARMLESS = frozenset(  # say how it was trained, loaded or saved; the forward of
     )
 )  # fmt: skip
 LORA_LAYER = re.compile(r"\.lora_(?:A(?:\.[^.]+)?\.weight|embedding_A)")
-OUTPUTS = ("lm_head", "embed_out", "output_projection", ".token_adapter")
+TABLES = ("embed_tokens", "lm_head", "embed_out", "output_projection", ".token_adapter")
 WRAPPERS = re.compile(r"\.(?:modules_to_save(?:\.default)?|(?:token_adapter\.)?base_layer|ln_tuning_layers)(?=\.)")
 
 
@@ -59,7 +59,8 @@ def is_state(source: Source) -> bool:
 def _below_adapter(name: str, names: Collection[str]) -> bool:
     """Is it the weight below an adapter? Of embeddings, trained tokens and output layers, a folder may bring it too."""
     owner = name.removesuffix(".base_layer.weight")
-    return owner != name and f"{owner}.lora_embedding_A" not in names and not owner.endswith(OUTPUTS)
+    embedded = any(f"{owner}.{kind}_embedding_A" in names for kind in ("lora", "hira"))
+    return owner != name and not embedded and not owner.endswith(TABLES)
 
 
 def looked_for(name: str) -> str:

@@ -18,7 +18,7 @@ from reparam_export.affine import Affine, Computed, map_tensors, tensors_of
 from reparam_export.assembly import reach
 from reparam_export.checkpoints import Adapter, components
 from reparam_export.errors import FusionError
-from reparam_export.layouts import Layout, channel_groups, layout_of, matrix
+from reparam_export.layouts import Layout, channel_groups, layout_of, matrix, outputs_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -143,7 +143,7 @@ def _module(module: nn.Module, adapters: Sequence[Adapter], layout: Layout, *, w
                 y = whole(given) if y is None else y
                 part = self.stack(whole.rows(*rows), numbers, rows[0])(given)
                 y = torch.cat([y[..., : rows[0]], part, y[..., rows[1] :]], dim=-1)
-            found: Tensor = y.movedim(-1, 1) if layout == "conv" else y
+            found: Tensor = outputs_of(y, module, layout)
             return found
 
         def stack(self, base: Affine, numbers: Sequence[int], start: int) -> Affine:

@@ -19,6 +19,7 @@ from reparam_export.errors import CheckpointError, ExportError, FusionError, Ten
 from reparam_export.files import fingerprint
 from reparam_export.fit import check_covered
 from reparam_export.hf_folder import Structure, bias_switches, retyped, structure_of
+from reparam_export.layouts import check_scaled
 from reparam_export.models import Base
 from reparam_export.streaming.formats import BY_SHORT, FORMATS, Format, torch_name, wide
 from reparam_export.streaming.forms import Touched, creates_bias, modules_of
@@ -290,6 +291,8 @@ def _touched(checkpoint: Checkpoint, stored: Mapping[str, Stored], structure: St
             )
         if module in structure.refused:
             raise FusionError(structure.refused[module])
+        for adapter in adapters if module in structure.scaled else ():
+            check_scaled(module, adapter.kind, scaled=True)
         if len(weight.shape) != 2 or not weight.is_float:
             raise NotStreamableError(f"{module} holds no plain matrix but {weight.code} {weight.shape}")
         transposed = module in structure.transposed | structure.embeddings

@@ -43,6 +43,7 @@ def in_files(structure: Structure) -> Structure:
         structure,
         transposed=frozenset(map(module, structure.transposed)),
         embeddings=frozenset(map(module, structure.embeddings)),
+        scaled=frozenset(map(module, structure.scaled)),
         ties={tensor(alias): tensor(holder) for alias, holder in structure.ties.items()},
         order=tuple(order),
         refused={module(n): why for n, why in structure.refused.items() if n not in own.routers},

@@ -8,6 +8,7 @@ has not imported it lets another one do this, whose memory is free again when fo
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -138,11 +139,23 @@ def _lay_out(module: nn.Module, touched: Touched, plan: Plan, *, exact: bool) ->
     dtype = torch.float64 if exact else torch.float32
     shape = touched.weight.shape
     module.weight = torch.nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
+    _put_scale(module)
     if getattr(module, "bias", None) is not None:
         own = touched.bias64()
         brought = f"{touched.module}.bias" in plan.checkpoint.replaced  # then the witness has to bring it as well
         values = torch.zeros(touched.shape[0]) if own is None or brought else torch.from_numpy(own)
         module.bias = torch.nn.Parameter(values.to(dtype), requires_grad=False)
+
+
+def _put_scale(module: nn.Module) -> None:
+    """A number for the scale of embeddings, which has none on a skeleton: which one it is has no part in how an adapter is read."""
+    import torch
+
+    from reparam_export.subclasses import SCALE, scale_of
+
+    scale = scale_of(module)
+    if isinstance(scale, torch.Tensor) and scale.is_meta:
+        module._buffers[SCALE] = torch.tensor(math.sqrt(module.get_parameter("weight").shape[-1]), dtype=torch.float64)
 
 
 def _filled(module: nn.Module, touched: Touched) -> nn.Module:
@@ -158,6 +171,8 @@ def _filled(module: nn.Module, touched: Touched) -> nn.Module:
     layer._parameters = dict(module._parameters)
     weight = affine.weight.T if touched.transposed else affine.weight
     layer._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
+    layer._buffers = dict(module._buffers)
+    _put_scale(layer)
     if affine.bias is not None:
         layer._parameters["bias"] = torch.nn.Parameter(affine.bias, requires_grad=False)
     return layer  # type: ignore[no-any-return]
