@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from reparam_export.errors import CheckpointError
+from reparam_export.names.once import once
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")  # of a Hugging Face folder, or with .index.json and shards
 STEP = 1 << 18  # bytes digested at a time: they stay in the processor's cache
@@ -179,7 +180,7 @@ def indexed(index: Path) -> dict[str, Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unlike_pairs)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
@@ -187,25 +188,42 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def unlike_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """One object of JSON. Raises ValueError for a name that it gives two values: of which readers keep the last, and say nothing."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found and found[name] != value:
+            raise ValueError(
+                f"it gives {name!r:.80} twice, {found[name]!r:.80} and {value!r:.80}: take out the one that is not meant"
+            )
+        found[name] = value
+    return found
+
+
 def is_tensor(value: Any) -> bool:
     """A torch tensor or numpy array."""
     return hasattr(value, "dtype") and hasattr(value, "shape")
 
 
-def state_dicts(content: Any, depth: int = 2) -> dict[str, Mapping[str, Any]]:
+def state_dicts(content: Any, path: Path) -> dict[str, Mapping[str, Any]]:
     """Every state dict in what a training script saved, by the dotted name of its entry; ``""``: the content itself is one.
 
     Moving averages go first. States of optimizers and of random generators are none; what else stands beside is passed over.
+    Raises TensorMismatchError for two of one name.
     """
+    found = once(((keys, name, state) for keys, name, state in _states(content)), path)
+    return dict(sorted(found.items(), key=lambda item: "ema" not in item[0]))
+
+
+def _states(content: Any, depth: int = 2) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Each state dict with its keys one by one, and as a dotted name."""
     if _is_state(content):
-        return {"": content}
-    found: dict[str, Mapping[str, Any]] = {}
-    if isinstance(content, Mapping) and depth:
+        yield "", "", content
+    elif isinstance(content, Mapping) and depth:
         for key, value in content.items():
             if isinstance(key, str) and isinstance(value, Mapping) and "optim" not in key:
-                inner = state_dicts(value, depth - 1)
-                found |= {f"{key}.{name}".removesuffix("."): state for name, state in inner.items()}
-    return dict(sorted(found.items(), key=lambda item: "ema" not in item[0]))
+                for keys, name, state in _states(value, depth - 1):
+                    yield f"[{key!r}]{keys}", f"{key}.{name}".removesuffix("."), state
 
 
 def _is_state(value: Any) -> bool:
@@ -221,7 +239,7 @@ def _is_state(value: Any) -> bool:
 
 def flat_tensors(path: Path, content: Any) -> dict[str, Any]:
     """A flat mapping of tensors: the content, or the only state dict in it. Raises CheckpointError where there is none, or several."""
-    found = state_dicts(content)
+    found = state_dicts(content, path)
     if len(found) == 1:
         return plain_tensors(next(iter(found.values())))
     if found:

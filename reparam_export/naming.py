@@ -14,6 +14,7 @@ from reparam_export.errors import TensorMismatchError, UsageError
 from reparam_export.fit import check_covered
 from reparam_export.names import Own, Place
 from reparam_export.names.found import Fits, Reading, read_names, renamed
+from reparam_export.names.once import renamed_once
 from reparam_export.names.underscored import read_underscored
 from reparam_export.names.wrappers import OUTER
 
@@ -54,10 +55,10 @@ def named(checkpoint: Checkpoint, own: Own) -> Checkpoint:
             a if a.kind == "probed" else _moved(a, places[_key(a, checkpoint)], own, checkpoint)
             for a in checkpoint.adapters
         ),
-        replaced={_name(name, places, own): tensor for name, tensor in checkpoint.replaced.items()},
+        replaced=renamed_once(checkpoint.replaced, lambda name: _name(name, places, own), checkpoint.path),
         copies=frozenset(_name(name, places, own) for name in checkpoint.copies),
-        base_state={_whole(name, reading): tensor for name, tensor in checkpoint.base_state.items()},
-        base_digests={_whole(name, reading): digest for name, digest in checkpoint.base_digests.items()},
+        base_state=renamed_once(checkpoint.base_state, lambda name: _whole(name, reading), checkpoint.path),
+        base_digests=renamed_once(checkpoint.base_digests, lambda name: _whole(name, reading), checkpoint.path),
         notes=(*checkpoint.notes, *([f"{reading.said}: {_example(places)}"] if reading.said else [])),
         spelled=_spelled(places),
         covers=lambda names: [],  # checked above, in the file's own names

@@ -18,6 +18,7 @@ from reparam_export.errors import CheckpointError, MissingSettingError, TensorMi
 from reparam_export.files import load_pickle, load_safetensors, plain_tensors, state_dicts
 from reparam_export.names.constants import CONSTANTS as CONSTANTS
 from reparam_export.names.constants import is_constant as is_constant
+from reparam_export.names.once import once
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,8 @@ def _npz(path: Path) -> dict[str, Tensor]:
     try:
         _check_unpacked(path)
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
+            names = once(((f"{n}.npy", n, n) for n in arrays.files), path)  # a member a.npy and one a are both a
+            return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in names}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise _unreadable(path, "a whole .npz file of plain arrays", error) from error
 
@@ -145,7 +147,7 @@ def _torch_script(path: Path) -> dict[str, Tensor]:
 
 def _tensors(path: Path, content: Any, entry: str | None) -> dict[str, Tensor]:
     """The one name -> tensor mapping in what a pickle holds. Raises CheckpointError when there is none, or several."""
-    found = state_dicts(content)
+    found = state_dicts(content, path)
     if entry is not None and entry not in found:
         raise UsageError(f"weights {path}: base_weights={entry}: expected one of {', '.join(found) or 'none'}")
     if len(found) > 1 and entry is None:

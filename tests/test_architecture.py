@@ -16,7 +16,7 @@ PACKAGE = Path(reparam_export.__file__).parent
 ROOT = PACKAGE.parent
 # fmt: off
 ORDER = [  # a room imports itself and what stands before it; nobody imports training
-    "errors", "calls", "batches", "affine", "float64", "plugins", "files", "names", "refuted", "adapters", "modules", "checkpoints",
+    "errors", "calls", "batches", "affine", "float64", "plugins", "names", "files", "refuted", "adapters", "modules", "checkpoints",
     "rounding", "subclasses", "layouts", "state", "fit", "naming", "ties",
     "models", "bases", "hf_folder", "tokenizer", "assembly", "training", "fusion", "verification", "analysis", "streaming", "folder",
     "exporters", "latency", "comparison", "report", "console", "inspection", "cli", "pytest_plugin", "__main__",

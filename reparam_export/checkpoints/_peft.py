@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.affine import Tensor
-from reparam_export.checkpoints import Adapter, Claim, Parts, Source
+from reparam_export.checkpoints import Adapter, Claim, Parts, Source, alike
 from reparam_export.checkpoints._peft_names import PREFIX, check_matched, of_pattern, part_of, targets, unused_targets
 from reparam_export.checkpoints._peft_tokens import on_every_tie, trained_tokens
 from reparam_export.errors import CheckpointError, FusionError, TensorMismatchError
@@ -246,7 +246,7 @@ def whole_tensors(claim: Claim, source: Source) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in claim.take_all(lambda name: name.startswith(PREFIX) and f".{ours}" not in name).items():
         own = WRAPPERS.sub("", name.removeprefix(PREFIX))
-        if own in found and not bool((found[own] == tensor).all()):
+        if own in found and not alike(found[own], tensor):
             raise TensorMismatchError(
                 f"{name} and another entry of the checkpoint both give {own}, with different values",
                 module=own.rpartition(".")[0],

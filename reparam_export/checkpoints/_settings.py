@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from reparam_export.errors import CheckpointError, MissingSettingError, UsageError
+from reparam_export.files import unlike_pairs
+from reparam_export.names.once import renamed_once
 
 Choice = dict[str, str]  # {"A": "LoRA_4", "B": "vector", ...}
 SUPPORTS = frozenset("ABCDE")
@@ -114,7 +116,7 @@ class Settings:
         return list(self.paths)
 
     def _paths_by_name(self, layers: Sequence[str], paths: Mapping[str, Choice]) -> list[Choice | None]:
-        known = {name.removeprefix("base_model.model."): path for name, path in paths.items()}
+        known = renamed_once(paths, lambda name: name.removeprefix("base_model.model."), self._names())
         absent = [layer for layer in layers if layer not in known]
         left = [name for name in known if name not in layers]
         if absent or left:
@@ -190,12 +192,30 @@ def _load(path: Path) -> Any:
 
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        if path.suffix == ".json":
+            return json.loads(text, object_pairs_hook=unlike_pairs)
+        return yaml.load(text, _each_key_once(yaml.SafeLoader))  # plain data only
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(
             f"{path}: cannot be read as {'JSON' if path.suffix == '.json' else 'YAML'}: {first}"
         ) from error
+
+
+def _each_key_once(loader: Any) -> Any:
+    """YAML's safe loader, which raises ValueError for a key that a mapping has twice, of which it would keep the last."""
+
+    class Loader(loader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key.value, str) and not key.tag.endswith(":merge"):
+                    if key.value in seen:
+                        raise ValueError(f"it gives {key.value!r:.80} twice{key.start_mark}")
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def _candidate(path: Path, content: dict[str, Any], index: int, notes: list[str]) -> list[Choice] | dict[str, Choice]:

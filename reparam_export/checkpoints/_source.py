@@ -23,6 +23,7 @@ from reparam_export.files import (
     read_json,
     state_dicts,
 )
+from reparam_export.names.once import once
 from reparam_export.names.wrappers import has_outer, unwrapped
 
 NATIVE = "reparam-export/1"
@@ -167,11 +168,11 @@ def open_source(
 
 def _state(file: Path, loaded: Any, settings: Settings) -> dict[str, Tensor]:
     """What a training script saved, as tensors: of the only state dict, or of the one that the user chose. Raises MissingSettingError."""
-    found = state_dicts(loaded)
+    found = state_dicts(loaded, file)
     if not found and isinstance(loaded, Mapping) and "metadata" in loaded:  # CLIP-LoRA: by layer, by projection
         leaves = _leaves(loaded.get("weights"))
         if leaves is not None:
-            return leaves
+            return plain_tensors(once(leaves, file))
     if len(found) < 2:
         return flat_tensors(file, loaded)
     average = (
@@ -181,17 +182,22 @@ def _state(file: Path, loaded: Any, settings: Settings) -> dict[str, Tensor]:
     return plain_tensors(found[settings.choice("weights", list(found), why=why)])
 
 
-def _leaves(nested: Any, depth: int = 4) -> dict[str, Tensor] | None:
-    """Mappings of mappings of tensors as one, by dotted names; None for anything else."""
+def _leaves(nested: Any, depth: int = 4) -> list[tuple[str, str, Tensor]] | None:
+    """Mappings of mappings of tensors as one: their keys one by one, dotted names, tensors. None for anything else."""
     if not isinstance(nested, Mapping) or not nested or not depth:
         return None
-    found: dict[str, Tensor] = {}
+    found: list[tuple[str, str, Tensor]] = []
     for key, value in nested.items():
-        inner = {"": value} if is_tensor(value) else _leaves(value, depth - 1)
-        if inner is None or not isinstance(key, str):
+        if not isinstance(key, str):
             return None
-        found |= {f"{key}.{name}".removesuffix("."): tensor for name, tensor in inner.items()}
-    return plain_tensors(found)
+        inner = None if is_tensor(value) else _leaves(value, depth - 1)
+        if is_tensor(value):
+            found.append((f"[{key!r}]", key, value))
+        elif inner is None:
+            return None
+        else:
+            found += [(f"[{key!r}]{keys}", f"{key}.{name}", tensor) for keys, name, tensor in inner]
+    return found
 
 
 def alike(one: Tensor, other: Tensor) -> bool:

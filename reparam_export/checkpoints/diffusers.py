@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from reparam_export.affine import Tensor
@@ -26,6 +27,8 @@ from reparam_export.checkpoints._peft import LORA_LAYER
 from reparam_export.checkpoints._peft_names import PREFIX
 from reparam_export.checkpoints.peft_state import lora_settings, reader_of
 from reparam_export.errors import CheckpointError
+from reparam_export.files import unlike_pairs
+from reparam_export.names.once import renamed_once
 
 LOOKED_FOR = "unet.X.lora_A.weight, transformer. or text_encoder., or a lora_adapter_metadata in the header (diffusers)"
 METADATA = "lora_adapter_metadata"
@@ -60,7 +63,7 @@ def read(source: Source) -> Parts:
             "load it with diffusers' load_lora_weights and save it with the model's save_lora_adapter"
         )
     part, tensors, notes = _part(source)
-    tensors = {_today(name, text=part.startswith("text_encoder")): tensor for name, tensor in tensors.items()}
+    tensors = renamed_once(tensors, partial(_today, text=part.startswith("text_encoder")), source.path)
     alphas = {name.removesuffix(".alpha"): float(t) for name, t in tensors.items() if name.endswith(".alpha")}
     tensors = {PREFIX + name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
     config = _configuration(source, part)
@@ -103,7 +106,7 @@ def _configuration(source: Source, part: str) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=unlike_pairs)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source.path}: {METADATA} in the header cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):

@@ -14,6 +14,7 @@ from reparam_export.adapters import hydra
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source
 from reparam_export.checkpoints._carried import parts_with
 from reparam_export.checkpoints.hydra_vtab import check_branches, pair
+from reparam_export.names.once import renamed_once
 
 LOOKED_FOR = "...mlp.ad_lin.adapter_par.down_proj.weight and the like (Hydra, CLIP)"
 BRANCH = re.compile(r"(?P<parent>.+)\.ad_lin\.adapter_(?P<branch>par|seq)\.(?:(?:down|up)_proj\.(?:weight|bias)|scale)")
@@ -24,7 +25,8 @@ def accepts(source: Source) -> bool:
 
 
 def read(source: Source) -> Parts:
-    claim = Claim(source.path, {name.replace(".ad_lin.linear.", ".c_proj."): t for name, t in source.tensors.items()})
+    plain = renamed_once(source.tensors, lambda name: name.replace(".ad_lin.linear.", ".c_proj."), source.path)
+    claim = Claim(source.path, plain)
     parents = dict.fromkeys(m["parent"] for name in source.tensors if (m := BRANCH.fullmatch(name)))
     fixed: float | None = None
     adapters = []

@@ -24,6 +24,7 @@ from reparam_export.affine import Affine, Bottleneck, Tensor
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source
 from reparam_export.checkpoints._carried import parts_with
 from reparam_export.errors import FusionError, TensorMismatchError, UsageError
+from reparam_export.names.once import renamed_once
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +42,7 @@ def _is_factor(name: str) -> bool:
 
 def read(source: Source) -> Parts:
     owners = dict.fromkeys(name.rpartition(".")[0] for name in source.tensors if _is_factor(name))
-    tensors = {_plain(name, owners): tensor for name, tensor in source.tensors.items()}
+    tensors = renamed_once(source.tensors, lambda name: _plain(name, owners), source.path)
     claim = Claim(source.path, tensors)
     if any(f"{owner}.weight" in tensors for owner in owners) and not source.weights_given:
         _check_mode(source)

@@ -17,6 +17,7 @@ from reparam_export.affine import Affine, Bottleneck
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source
 from reparam_export.checkpoints._carried import parts_with
 from reparam_export.errors import TensorMismatchError
+from reparam_export.names.once import renamed_once
 
 LOOKED_FOR = "X.parametrizations.weight.0.lora_A and lora_B (minLoRA)"
 FACTOR = re.compile(r"(?P<stem>(?P<module>.+)\.parametrizations\.(?P<tensor>[^.]+)\.\d+)\.lora_[AB]")
@@ -28,7 +29,7 @@ def accepts(source: Source) -> bool:
 
 
 def read(source: Source) -> Parts:
-    tensors = {ORIGINAL.sub(r"\g<module>.\g<tensor>", name): tensor for name, tensor in source.tensors.items()}
+    tensors = renamed_once(source.tensors, lambda name: ORIGINAL.sub(r"\g<module>.\g<tensor>", name), source.path)
     claim = Claim(source.path, tensors)
     alpha = source.settings.number("lora_alpha", found_in="the training script (minLoRA's own default is 1)")
     claim.take_all(lambda name: name.endswith(".lora_dropout_mask"))

@@ -26,6 +26,7 @@ from reparam_export.adapters import glora, kind
 from reparam_export.checkpoints import NATIVE, Adapter, Parts, Source, placed
 from reparam_export.checkpoints.glora_vit import path_of
 from reparam_export.errors import CheckpointError, ReparamError
+from reparam_export.names.once import once
 
 LOOKED_FOR = f'a torch file with "format": "{NATIVE}" (written by save())'
 PRECISIONS = ("float64", "float32", "bfloat16", "float16")
@@ -72,18 +73,19 @@ def read(source: Source) -> Parts:
 
 def _with_paths(source: Source, adapters: list[Adapter]) -> tuple[Adapter, ...]:
     """Of a saved supernet, the layers on the path that the settings say."""
-    open_layers = [a for a in adapters if a.kind == "glora" and a.params.path == glora.UNCHOSEN]
+
+    def is_open(adapter: Adapter) -> bool:
+        return adapter.kind == "glora" and adapter.params.path == glora.UNCHOSEN
+
+    open_layers = [a for a in adapters if is_open(a)]
     if not open_layers:
         return tuple(adapters)
     names = [a.module for a in open_layers]
     paths = source.settings.layer_paths(names, found_in="the search's checkpoint-N.pth.tar")
-    chosen = {
-        a.module: path_of(source, a.module, path, int(a.params.Ad.shape[1]))
-        for a, path in zip(open_layers, paths, strict=True)
-    }
-    return tuple(
-        replace(a, params=replace(a.params, path=chosen[a.module])) if a.module in chosen else a for a in adapters
-    )
+    chosen = iter(
+        path_of(source, a.module, path, int(a.params.Ad.shape[1])) for a, path in zip(open_layers, paths, strict=True)
+    )  # in the order of the layers: one module may have several, each on rows of its own
+    return tuple(replace(a, params=replace(a.params, path=next(chosen))) if is_open(a) else a for a in adapters)
 
 
 def to_plain(params: Any) -> Any:
@@ -163,4 +165,4 @@ def _expected(path: Path, value: Any) -> dict[str, Any]:
 def _tensors(path: Path, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(hasattr(t, "shape") for t in value.values()):
         raise CheckpointError(f"{path}: 'replaced' and 'base_state' must map names to tensors")
-    return {str(name): tensor for name, tensor in value.items()}
+    return once(((repr(name), str(name), tensor) for name, tensor in value.items()), path)

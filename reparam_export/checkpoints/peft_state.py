@@ -20,11 +20,12 @@ from typing import Any, cast
 
 from reparam_export import plugins
 from reparam_export.affine import Tensor
-from reparam_export.checkpoints import Format, Parts, Source
+from reparam_export.checkpoints import Format, Parts, Source, alike
 from reparam_export.checkpoints._carried import with_base
 from reparam_export.checkpoints._peft import WRAPPERS, is_state, tuner_prefix
 from reparam_export.checkpoints._peft_names import PREFIX
-from reparam_export.errors import CheckpointError
+from reparam_export.errors import CheckpointError, TensorMismatchError
+from reparam_export.names.once import renamed_once
 from reparam_export.names.wrappers import several, unwrapped
 
 LOOKED_FOR = "base_model.model.X.lora_A.weight and the like in a plain state dict (a peft model's own)"
@@ -36,7 +37,7 @@ accepts = is_state
 
 
 def read(source: Source) -> Parts:
-    tensors = _once({_in_folder(name): tensor for name, tensor in _one_adapter(source).items()})
+    tensors = _once(renamed_once(_one_adapter(source), _in_folder, source.path))
     config = source.config if "peft_type" in source.config else lora_settings(source, list(tensors))
     tuned = f".{tuner_prefix(replace(source, config=config))}"
     own = {n: t for n, t in tensors.items() if tuned not in n and n.startswith(PREFIX) and not TRAINED.search(n)}
@@ -68,12 +69,17 @@ def reader_of(source: Source) -> Format:
 
 def with_own(source: Source, parts: Parts, own: Mapping[str, Tensor]) -> Parts:
     """The parts with the base's own tensors of the same file: all of them, or some that were trained (biases)."""
-    state: dict[str, Tensor] = {}
-    for name, tensor in own.items():
-        plain = WRAPPERS.sub("", name.removeprefix(PREFIX))
-        if plain in state:
-            raise CheckpointError(f"{source.path}: {name} and another tensor are both {plain} of the base")
-        state[plain] = tensor
+    state = renamed_once(own, lambda name: WRAPPERS.sub("", name.removeprefix(PREFIX)), source.path)
+    for name in parts.replaced:
+        if name in state and not alike(state[name], parts.replaced[name]):
+            raise TensorMismatchError(
+                f"{source.path}: {name} is in the file twice, as the base's own and as one that was trained, with other numbers; the one "
+                "that was not in use is called original_module by peft: take it out",
+                module=name.rpartition(".")[0],
+                tensor=name,
+                expected="one of them",
+                found="two",
+            )
     if not any(".base_layer." in name and name.endswith("weight") for name in own):
         return replace(parts, replaced=state | dict(parts.replaced))
     covers = parts.covers or (lambda names: [])  # a layer without an adapter has its plain name in the file
@@ -121,13 +127,11 @@ def _one_adapter(source: Source) -> dict[str, Tensor]:
         others = re.compile(
             rf"\.(?:lora_\w+|modules_to_save)\.(?:{'|'.join(map(re.escape, set(adapters) - {chosen}))})(?:\.|\Z)"
         )
-        tensors = {
-            n.replace(f".modules_to_save.{chosen}.", ".modules_to_save."): t
-            for n, t in tensors.items()
-            if not others.search(n)
-        }
+        tensors = {n: t for n, t in tensors.items() if not others.search(n)}
+        mark = ".modules_to_save."
+        tensors = renamed_once(tensors, lambda n: n.replace(f"{mark}{chosen}.", mark), source.path)
         tensors = unwrapped(tensors, source.path)
-    return {_unnamed(name, tensors): tensor for name, tensor in tensors.items()}
+    return renamed_once(tensors, lambda name: _unnamed(name, tensors), source.path)
 
 
 def _unnamed(name: str, tensors: Mapping[str, Tensor]) -> str:

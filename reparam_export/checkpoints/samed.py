@@ -22,10 +22,11 @@ from reparam_export.affine import Affine, Bottleneck
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source
 from reparam_export.checkpoints._carried import parts_with
 from reparam_export.errors import CheckpointError, TensorMismatchError, UsageError
+from reparam_export.names.once import renamed_once
 
 LOOKED_FOR = "w_a_000 and w_b_000 (SAMed, Sam_LoRA, LoRA-ViT)"
 FACTOR = re.compile(r"w_a_(\d{3,})")
-HEAD = re.compile(r"fc_\d+in_\d+out")
+HEAD = re.compile(r"\Afc_\d+in_\d+out\Z")
 SAM = ("prompt_encoder.", "mask_decoder.")
 
 
@@ -34,7 +35,7 @@ def accepts(source: Source) -> bool:
 
 
 def read(source: Source) -> Parts:
-    tensors = {HEAD.sub("head.weight", name): tensor for name, tensor in source.tensors.items()}
+    tensors = renamed_once(source.tensors, lambda name: HEAD.sub("head.weight", name), source.path)
     claim = Claim(source.path, tensors)
     numbers = sorted(int(m[1]) for name in tensors if (m := FACTOR.fullmatch(name)))
     if numbers != list(range(len(numbers))) or len(numbers) % 2:

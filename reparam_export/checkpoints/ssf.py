@@ -14,6 +14,7 @@ from reparam_export.adapters import ssf
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source
 from reparam_export.checkpoints._carried import parts_with
 from reparam_export.errors import FusionError, TensorMismatchError
+from reparam_export.names.once import renamed_once
 
 LOOKED_FOR = "blocks.N.attn.ssf_scale_1, ssf_shift_1 and the like (SSF)"
 PAIR = re.compile(r"(?P<owner>(?:.+\.)?)ssf_(?P<part>scale|shift)_(?P<number>\d+)")
@@ -42,7 +43,7 @@ def accepts(source: Source) -> bool:
 def read(source: Source) -> Parts:
     tensors = dict(source.tensors)
     if OLD_SWIN in tensors or "layers.0.downsample.ssf_scale_1" in tensors:
-        tensors = {_swin(name): tensor for name, tensor in tensors.items() if not _is_buffer(name)}
+        tensors = renamed_once({n: t for n, t in tensors.items() if not _is_buffer(n)}, _swin, source.path)
     claim = Claim(source.path, tensors)
     pairs = dict.fromkeys((m["owner"], int(m["number"])) for name in tensors if (m := PAIR.fullmatch(name)))
     adapters = tuple(_adapter(source, claim, owner, number) for owner, number in pairs)

@@ -3,6 +3,7 @@
 wrappers.py     what wrappers put into keys (``module.``, ``_orig_mod.``, the name of an adapter), taken out again
 conversions.py  the names that transformers' files have for a model's tensors, and where in the model each lies
 constants.py    buffers that files have and models do not
+once.py         other names for a file's keys, and an error where two of them would be one
 found.py        which of the base's own names each name of a checkpoint means
 
 A key is used once or named; what could mean several modules is an error with the candidates; what was done is said.

@@ -142,7 +142,8 @@ def part_of(tensor: Tensor, place: Place) -> Tensor:
 
 
 def gathered(tensors: Mapping[str, Tensor], files: Mapping[str, Place | None]) -> dict[str, Tensor]:
-    """The tensors of files as the model's own: renamed, and parts put together in new ones. Raises ValueError where a part is missing."""
+    """The tensors of files as the model's own: renamed, and parts put together in new ones. Raises ValueError where a part is missing, or
+    a tensor is there under both of its names."""
     import torch
 
     found: dict[str, Tensor] = {}
@@ -151,6 +152,8 @@ def gathered(tensors: Mapping[str, Tensor], files: Mapping[str, Place | None]) -
         place = files.get(name) or Place(name)
         tensor = tensor.transpose(-1, -2) if place.transposed else tensor
         if place.expert is None and place.rows is None:
+            if place.tensor in found:
+                raise ValueError(f"{name} and another tensor are both {place.tensor}")
             found[place.tensor] = tensor.contiguous()
         else:
             parts.setdefault(place.tensor, []).append((place, tensor))
@@ -160,6 +163,8 @@ def gathered(tensors: Mapping[str, Tensor], files: Mapping[str, Place | None]) -
         whole = torch.empty((experts, rows, pieces[0][1].shape[1]), dtype=pieces[0][1].dtype)
         if sum(t.numel() for _, t in pieces) != whole.numel() or len({t.dtype for _, t in pieces}) > 1:
             raise ValueError(f"{name}: its {len(pieces)} parts do not make {tuple(whole.shape)} of one dtype")
+        if name in found:
+            raise ValueError(f"{name} is there whole, and in {len(pieces)} parts")
         for place, tensor in pieces:
             whole[place.expert or 0, slice(*(place.rows or (0, rows)))] = tensor
         found[name] = whole if pieces[0][0].expert is not None else whole[0]

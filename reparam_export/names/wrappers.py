@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from reparam_export.errors import CheckpointError
+from reparam_export.names.once import renamed_once
 
 INNER = frozenset(
     ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module", "_forward_module", "_dpp_module")
@@ -30,17 +30,14 @@ V = TypeVar("V")
 def unwrapped(tensors: Mapping[str, V], path: Path) -> dict[str, V]:
     """The tensors under the names that they have without wrappers, in the same order.
 
-    Raises CheckpointError when two of them come out as one.
+    Raises TensorMismatchError when two of them come out as one.
     """
-    found: dict[str, V] = {}
-    for old, new in zip(tensors, plain_names(list(tensors)), strict=True):
-        if new in found:
-            raise CheckpointError(
-                f"{path}: {old} and another tensor are both {new} once the wrappers' names ({', '.join(sorted(INNER))}, {OUTER}) are taken "
-                "out; save the state dict of the model itself"
-            )
-        found[new] = tensors[old]
-    return found
+    plain = dict(zip(tensors, plain_names(list(tensors)), strict=True))
+    advice = (
+        f"so they are once the wrappers' names ({', '.join(sorted(INNER))}, {OUTER}) and the adapter's are taken out; save the state dict "
+        "of the model itself"
+    )
+    return renamed_once(tensors, plain.__getitem__, path, advice)
 
 
 def plain_names(names: Sequence[str]) -> list[str]:

@@ -160,6 +160,12 @@ def test_parts_make_the_whole_again() -> None:
     again = gathered(spread(state, files), files)
     assert again.keys() == state.keys()
     assert all(torch.equal(again[n], t) for n, t in state.items())
+    for twice in (
+        "model.layers.0.mlp.gate.weight",
+        "model.layers.0.mlp.experts.down_proj",
+    ):  # and under its name in files
+        with pytest.raises(ValueError, match="both|whole"):
+            gathered(spread(state, files) | {twice: state[twice]}, files)
     parts = spread(state, files)
     parts.pop("model.layers.0.block_sparse_moe.experts.1.w1.weight")
     with pytest.raises(ValueError, match="do not make"):
