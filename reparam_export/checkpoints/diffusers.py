@@ -24,7 +24,7 @@ from typing import Any
 from reparam_export.affine import Tensor
 from reparam_export.checkpoints import Parts, Source
 from reparam_export.checkpoints._peft import LORA_LAYER
-from reparam_export.checkpoints._peft_names import PREFIX
+from reparam_export.checkpoints._peft_names import PREFIX, of_pattern
 from reparam_export.checkpoints.peft_state import lora_settings, reader_of
 from reparam_export.errors import CheckpointError
 from reparam_export.files import unlike_pairs
@@ -69,6 +69,8 @@ def read(source: Source) -> Parts:
     config = _configuration(source, part)
     if config is None:
         config = _alphas(source, tensors, alphas)
+    else:
+        _check_alphas(source, tensors, config, alphas)
     inner = replace(source, tensors=tensors, config={"peft_type": "LORA"} | config)
     parts = reader_of(inner).read(inner)
     return replace(parts, notes=(*notes, *parts.notes))
@@ -117,6 +119,25 @@ def _configuration(source: Source, part: str) -> dict[str, Any] | None:
         if not part or name.startswith(f"{part}.")
     }
     return own or None
+
+
+def _check_alphas(
+    source: Source, tensors: Mapping[str, Tensor], config: Mapping[str, Any], alphas: Mapping[str, float]
+) -> None:
+    """Raises CheckpointError where the alpha of a module in the file is not that of the configuration in the header.
+
+    diffusers refuses a file that has both; where they agree it does not matter which of them is read.
+    """
+    for module, alpha in alphas.items():
+        patterns: Any = config.get("alpha_pattern") or {}
+        said = next((own for key, own in patterns.items() if of_pattern(key, module)), config.get("lora_alpha"))
+        if f"{PREFIX}{module}.lora_A.weight" not in tensors:
+            raise CheckpointError(f"{source.path}: {module}.alpha is alpha of a module without LoRA in the file")
+        if said is None or float(said) != alpha:
+            raise CheckpointError(
+                f"{source.path}: {module}.alpha is {alpha:g}, and {METADATA} in the header says {str(said)[:80]} for it: one of the two is "
+                "not what was trained; take it out of the file"
+            )
 
 
 def _alphas(source: Source, tensors: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Any]:

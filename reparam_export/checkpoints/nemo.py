@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from reparam_export.adapters import lora
 from reparam_export.affine import Affine, Bottleneck, Tensor
 from reparam_export.checkpoints import Adapter, Parts, Source
+from reparam_export.checkpoints._stated import checked, head_size
 from reparam_export.errors import CheckpointError, TensorMismatchError
 
 LOOKED_FOR = (
@@ -60,7 +62,13 @@ def read(source: Source) -> Parts:
         for module, rows in _parts(source, layer, int(b.shape[0]), *packed):
             adapters.append(Adapter(f"{block}.{module}", "lora", _params(a, b if rows is None else b[rows], alpha)))
     claim.finish()
-    return Parts(tuple(adapters))
+    return Parts(tuple(adapters), bind=checked(source.path, source.settings.used, _of_config), by_shapes=True)
+
+
+def _of_config(config: Any) -> dict[str, Any]:
+    """What the base's configuration says of the numbers that are asked for."""
+    groups = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    return {"num_query_groups": groups, "head_dim": head_size(config)}
 
 
 def _params(a: Tensor, b: Tensor, alpha: float) -> lora.Params:

@@ -11,11 +11,13 @@ alpha is in ``adapter_config.json``, or asked for; so are the kind of model and 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from reparam_export.adapters import dora, lora
 from reparam_export.affine import Affine, Bottleneck, Tensor
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source
 from reparam_export.checkpoints._peft import is_torchtune
+from reparam_export.checkpoints._stated import checked, head_size
 from reparam_export.errors import CheckpointError, TensorMismatchError
 
 LOOKED_FOR = "layers.N.attn.q_proj.lora_a.weight (torchtune)"
@@ -26,6 +28,7 @@ NAMES = {
 }  # fmt: skip
 TURNED = ("attn.q_proj", "attn.k_proj")
 END = ".lora_a.weight"
+KINDS = {"llama": ("llama", "mistral", "gemma"), "qwen": ("qwen",)}  # how model_type of a configuration begins
 
 accepts = is_torchtune
 
@@ -40,14 +43,20 @@ def read(source: Source) -> Parts:
     head = _head_size(source) if any(owner.endswith(TURNED) for owner in owners) else 0
     adapters = tuple(_adapter(source, claim, owner, alpha, head) for owner in owners)
     claim.finish()
-    return Parts(adapters)
+    return Parts(adapters, bind=checked(source.path, source.settings.used, _of_config), by_shapes=True)
+
+
+def _of_config(config: Any) -> dict[str, Any]:
+    """What the base's configuration says of what is asked for; of models that are neither kind, what the user says holds."""
+    kinds = (kind for kind, names in KINDS.items() if config.model_type.startswith(names))
+    return {"model_type": next(kinds, None), "head_dim": head_size(config)}
 
 
 def _head_size(source: Source) -> int:
     """How many rows one head of q and k has, where their order is another; 0 where it is not. Raises MissingSettingError."""
     kind = source.settings.choice(
         "model_type",
-        ("llama", "qwen"),
+        tuple(KINDS),
         why=f"{source.path}: torchtune keeps the rows of q and k of Llama, Mistral and Gemma (llama) in another order than Hugging Face, "
         "those of Qwen (qwen) in the same, and the file does not say which model it is of",
     )

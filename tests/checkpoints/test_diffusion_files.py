@@ -181,6 +181,26 @@ def test_alphas_of_single_modules_in_the_file(tmp_path: Path) -> None:
         rx.read(tmp_path / "lacking.safetensors", **base(tmp_path))
 
 
+def test_alphas_of_single_modules_that_contradict_the_header_are_refused(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    unet, _ = saved(tmp_path, metadata=True, alpha_pattern={"attn1.to_q": 3})
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    state = load_file(file)
+    with safe_open(file, "pt") as opened:
+        header = dict(opened.metadata())
+    modules = [n.removesuffix(".lora_A.weight") for n in state if n.endswith(".lora_A.weight")]
+    alphas = {f"{m}.alpha": torch.tensor(3.0 if m.endswith("attn1.to_q") else float(ALPHA)) for m in modules}
+    save_file(state | alphas, tmp_path / "alike.safetensors", header)
+    assert error(rx.read(tmp_path / "alike.safetensors", **base(tmp_path)), unet) < 5e-6
+    q = next(m for m in modules if m.endswith("attn1.to_q"))
+    for wrong, said in (({f"{q}.alpha": torch.tensor(float(ALPHA))}, f"alpha is {ALPHA}, .* says 3"),
+                        ({"unet.x.alpha": torch.tensor(1.0)}, "without LoRA")):  # fmt: skip
+        save_file(state | alphas | wrong, tmp_path / "odd.safetensors", header)
+        with pytest.raises(CheckpointError, match=said):
+            rx.read(tmp_path / "odd.safetensors", **base(tmp_path))
+
+
 def kohya(folder: Path) -> tuple[Path, Any, Any]:
     """The file of kohya's scripts for a U-Net and its text encoder, and the models with the same adapters."""
     models = {"lora_unet": trained("unet"), "lora_te": trained("text")}

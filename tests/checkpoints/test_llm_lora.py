@@ -9,21 +9,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import reparam_export as rx
 from reparam_export.errors import CheckpointError, FusionError, MissingSettingError, TensorMismatchError, UsageError
+from reparam_export.streaming.plan import plan_of
 
 State = dict[str, torch.Tensor]
 HEADS, KV_HEADS, HEAD, WIDTH = 4, 2, 8, 24  # heads * head != width
 
 
-def llama(folder: Path) -> tuple[str, State]:
+def llama(folder: Path, kind: str = "llama") -> tuple[str, State]:
     """The base spec of a small model, and its tensors in float64."""
     torch.manual_seed(0)
     sizes = {"hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": HEAD, "vocab_size": 64}
-    model = LlamaForCausalLM(
-        LlamaConfig(**sizes, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, tie_word_embeddings=False)
+    config, build = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen": (Qwen2Config, Qwen2ForCausalLM)}[kind]
+    model: Any = build(
+        config(**sizes, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, tie_word_embeddings=False)
     )
     model.save_pretrained(folder / "base")
     return f"hf:{folder / 'base'}", {n: t.double() for n, t in model.state_dict().items()}
@@ -135,6 +137,30 @@ def test_a_base_that_mlx_quantized_is_said_to_be_that(name: str, tmp_path: Path)
         rx.fuse(rx.read(tmp_path / "adapters", spec))
 
 
+OWN = """
+from torch import nn
+from transformers import AutoModelForCausalLM
+class Own(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.model, self.lm_head = nn.Module(), inner.lm_head
+        self.model.embed_tokens, self.model.norm, self.model.layers = inner.model.embed_tokens, inner.model.norm, nn.ModuleList()
+        for layer in inner.model.layers:
+            own = nn.Module()
+            own.self_attn, own.mlp = nn.Module(), nn.Module()
+            for name, part in layer.self_attn.named_children():
+                setattr(own.self_attn, name, part)
+            for name, part in layer.mlp.named_children():
+                setattr(own.mlp, name, part)
+            own.input_layernorm, own.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
+            self.model.layers.append(own)
+    def forward(self, ids):
+        return self.lm_head(self.model.embed_tokens(ids))
+def make():
+    return Own(AutoModelForCausalLM.from_pretrained({!r})).eval()
+"""
+IDS = ["ids=batch,5:int64:64"]
+
 # --- torchtune (torchtune/modules/peft/lora.py, torchtune/models/convert_weights.py)
 
 TUNE = {
@@ -184,7 +210,7 @@ def tune(folder: Path, base: State, *, turned: bool, magnitude: bool) -> State:
 @pytest.mark.parametrize("kind", ["llama", "qwen"])
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_torchtunes_heads_are_turned_back(kind: str, magnitude: bool, tmp_path: Path) -> None:
-    spec, base = llama(tmp_path)
+    spec, base = llama(tmp_path, kind)
     expected = tune(tmp_path, base, turned=kind == "llama", magnitude=magnitude)
     settings = {"lora_alpha": 12, "model_type": kind} | ({"head_dim": HEAD} if kind == "llama" else {})
     for name in settings:
@@ -198,7 +224,29 @@ def test_torchtunes_heads_are_turned_back(kind: str, magnitude: bool, tmp_path: 
         "llama": {"lora_alpha": 12, "model_type": "qwen"},
         "qwen": settings | {"model_type": "llama", "head_dim": HEAD},
     }
-    assert off(rx.read(tmp_path / "adapter_0.pt", spec, settings=other[kind]), expected) > 1e-2
+    wrong = rx.read(tmp_path / "adapter_0.pt", spec, settings=other[kind])
+    with pytest.raises(UsageError, match=rf"--set model_type={kind}, or the base"):
+        rx.fuse(wrong)
+    (tmp_path / "own.py").write_text(OWN.format(spec.removeprefix("hf:")))  # it says nothing of itself
+    wrong = rx.read(tmp_path / "adapter_0.pt", f"py:{tmp_path / 'own.py'}:make", settings=other[kind], inputs=IDS)
+    assert off(wrong, expected) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["head_dim", "num_query_groups"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_the_base_says_of_its_heads_is_not_contradicted(name: str, streamed: bool, tmp_path: Path) -> None:
+    """As many rows in other heads: the shapes fit, and the rows are others."""
+    spec, base = llama(tmp_path)
+    if name == "head_dim":
+        tune(tmp_path, base, turned=True, magnitude=False)
+        settings: dict[str, Any] = {"lora_alpha": 12, "model_type": "llama", "head_dim": HEAD // 2}
+        found, own = rx.read(tmp_path / "adapter_0.pt", spec, settings=settings), HEAD
+    else:
+        nemo(tmp_path, base, "new")
+        settings = {"lora_alpha": 12, "num_query_groups": 2 * KV_HEADS, "head_dim": HEAD // 2}
+        found, own = rx.read(tmp_path / "model_weights.ckpt", spec, settings=settings), KV_HEADS
+    with pytest.raises(UsageError, match=rf"model_type llama\) says .*pass --set {name}={own}"):
+        plan_of(found) if streamed else rx.fuse(found)
 
 
 def test_torchtunes_own_configuration_has_alpha_and_is_no_folder_of_peft(tmp_path: Path) -> None:

@@ -368,6 +368,38 @@ def test_clip_lora_by_number(encoder: str, position: str, text: Any, vision: Any
     torch.save({"weights": weights, "metadata": said | {"position": "bottom", "encoder": "text"}}, tmp_path / "odd.pt")
     with pytest.raises(CheckpointError, match="own tables"):
         rx.read(tmp_path / "odd.pt")
+    for other in ([*params, "v" if "v" not in params else "k"], list(params)[1:], ["x"], 3):
+        torch.save({"weights": weights, "metadata": said | {"params": other}}, tmp_path / "odd.pt")
+        if set(other if isinstance(other, list) else ()) == set(params):
+            continue  # it has them all
+        with pytest.raises(CheckpointError, match="params"):
+            rx.read(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize(("encoder", "position"), [("vision", "all"), ("both", "all"), ("vision", "half-up")])
+def test_a_clip_lora_file_that_ends_too_early_is_refused(encoder: str, position: str, tmp_path: Path) -> None:
+    """Its own tables let it be that of a smaller backbone; the base knows better."""
+    (tmp_path / "net.py").write_text(TOWERS)
+    scope: dict[str, Any] = {}
+    exec(TOWERS, scope)
+    towers = {"transformer": list(range(12)), "visual.transformer": list(range(4))}
+    if encoder == "vision":
+        towers = {"visual.transformer": [0, 1, 2, 3] if position == "all" else [2, 3]}
+    said = {"r": 4, "alpha": 3, "encoder": encoder, "params": ["q", "v"], "position": position}
+    weights = clip_lora(scope["build"](), towers, "qv", 3)
+    for short in (False, True):
+        if short:
+            weights.popitem()
+        torch.save({"weights": weights, "metadata": said}, tmp_path / "lora.pt")
+        inputs = ["text=batch,5,8:float32", "image=batch,6,16:float32"]
+        found = rx.read(tmp_path / "lora.pt", f"py:{tmp_path / 'net.py'}:build", inputs=inputs)
+        if not short:
+            assert len(rx.fuse(found).changed) == len(weights)
+            continue
+        with pytest.raises(
+            TensorMismatchError, match=r"have no adapter in it, first visual\.transformer\.resblocks\.[23]\.attn"
+        ):
+            rx.fuse(found)
 
 
 def test_half_a_pair_is_an_error_in_every_one_of_these_formats(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_parts_make_the_whole_again() -> None:
         "model.layers.0.mlp.gate.weight",
         "model.layers.0.mlp.experts.down_proj",
     ):  # and under its name in files
-        with pytest.raises(ValueError, match="both|whole"):
+        with pytest.raises(ValueError, match=r"both|whole"):
             gathered(spread(state, files) | {twice: state[twice]}, files)
     parts = spread(state, files)
     parts.pop("model.layers.0.block_sparse_moe.experts.1.w1.weight")
