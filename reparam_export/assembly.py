@@ -15,7 +15,7 @@ from reparam_export.affine import Affine, to_dtype
 from reparam_export.calls import evaluated
 from reparam_export.checkpoints import Adapter, Checkpoint, by_site, check_disjoint, components
 from reparam_export.errors import FusionError, ReparamError, TensorMismatchError
-from reparam_export.fit import check_trained_on
+from reparam_export.fit import check_kind, check_takes_bias, check_trained_on
 from reparam_export.layouts import (
     affine_of,
     channel_groups,
@@ -184,9 +184,9 @@ def _check_probed(checkpoint: Checkpoint) -> None:
 def place(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Put tensors under their state-dict names into the module; each takes the dtype it has. Returns the module.
 
-    A bias that the module lacks (``X.bias`` with X present) is created. A tensor that has several names there takes the value given for
+    A bias that the module lacks, and has a place for, is created. A tensor that has several names there takes the value given for
     one of them; where several are given, each name gets its own and they are one no longer.
-    Raises TensorMismatchError for a name or shape the module lacks.
+    Raises TensorMismatchError for a name or shape the module lacks, and for a bias that it would not read.
     """
     from torch import nn as torch_nn
 
@@ -197,6 +197,8 @@ def place(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         created = current is None and (
             attribute in owner._parameters or (attribute == "bias" and hasattr(owner, "weight"))
         )
+        if created and attribute == "bias":
+            check_takes_bias(name, owner)
         if not created and (current is None or tuple(current.shape) != tuple(tensor.shape)):
             raise TensorMismatchError(
                 f"{name}: the base has {None if current is None else tuple(current.shape)}, the checkpoint brings {tuple(tensor.shape)}",
@@ -223,6 +225,9 @@ def tied_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
 def with_replaced(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     """The base with the tensors that the checkpoint brings whole, in the base's own dtype."""
     state = module.state_dict()
+    for name, tensor in checkpoint.replaced.items():
+        if name in state:
+            check_kind(name, state[name].dtype, tensor.dtype)
     cast = {
         name: tensor.to(state[name].dtype) if name in state and state[name].is_floating_point() else tensor
         for name, tensor in checkpoint.replaced.items()

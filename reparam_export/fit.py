@@ -7,7 +7,7 @@ training is the same base.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from reparam_export.adapters import kind
@@ -51,6 +51,54 @@ def check_shapes(name: str, base: Affine, adapter: Adapter) -> None:
                 expected=expected.get(tensor),
                 found=tuple(value.shape),
             )
+
+
+def check_replaced(module: nn.Module, replaced: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise TensorMismatchError unless the module has every tensor of ``replaced``, in that shape.
+
+    A bias may be new where the module has a place for one: the checkpoint then adds it.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
+    for name, shape in replaced.items():
+        owner, _, leaf = name.rpartition(".")
+        new_bias = leaf == "bias" and name not in shapes and f"{owner}.weight" in shapes
+        if new_bias:
+            check_takes_bias(name, module.get_submodule(owner))
+        if not new_bias and shapes.get(name) != tuple(shape):
+            raise TensorMismatchError(
+                f"{name}: the checkpoint replaces it with shape {tuple(shape)}; the base model has "
+                f"{shapes.get(name, 'no such tensor')}; choose a base of the checkpoint's size and number of classes",
+                module=owner,
+                tensor=name,
+                expected=tuple(shape),
+                found=shapes.get(name),
+            )
+
+
+def check_takes_bias(name: str, owner: nn.Module) -> None:
+    """Raises TensorMismatchError for a bias on a module that has no place for one (an RMSNorm, an embedding): nothing would read it."""
+    if getattr(owner, "bias", owner) is not None:  # what is registered without a bias has None there
+        raise TensorMismatchError(
+            f"{name}: the checkpoint brings a bias, and the base's {type(owner).__name__} has none and reads none, so that it would change "
+            "nothing; is this the base that it was trained on?",
+            module=name.rpartition(".")[0],
+            tensor=name,
+            expected=None,
+            found="a bias",
+        )
+
+
+def check_kind(name: str, base: object, found: object) -> None:
+    """Raises TensorMismatchError for integers where the base has floating point numbers, or the other way round. Dtypes or their names."""
+    if ("float" in str(base)) != ("float" in str(found)):
+        raise TensorMismatchError(
+            f"{name}: the base has {base}, and the checkpoint brings {found}: numbers of another kind, such as indices or codes of a "
+            "quantized table; save it in floating point numbers",
+            module=name.rpartition(".")[0],
+            tensor=name,
+            expected=base,
+            found=found,
+        )
 
 
 def check_covered(names: list[str], checkpoint: Checkpoint) -> None:

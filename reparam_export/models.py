@@ -21,9 +21,10 @@ from reparam_export.batches import ROWS, Axes, axes_of, is_plain
 from reparam_export.calls import evaluated, experts, foreign
 from reparam_export.calls import first_line as first_line
 from reparam_export.errors import CheckpointError, UsageError
+from reparam_export.fit import check_replaced
 from reparam_export.float64 import pure_float64 as pure_float64
 from reparam_export.names.wrappers import unwrapped
-from reparam_export.state import check_replaced, load_state
+from reparam_export.state import load_state
 
 if TYPE_CHECKING:
     import numpy as np

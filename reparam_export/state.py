@@ -221,26 +221,6 @@ def assign(module: nn.Module, state: Mapping[str, Tensor], *, optional: Collecti
     _tie(module, ties)
 
 
-def check_replaced(module: nn.Module, replaced: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise TensorMismatchError unless the module has every tensor of ``replaced``, in that shape.
-
-    A bias may be new where the module has a weight: the checkpoint then adds it.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
-    for name, shape in replaced.items():
-        owner, _, leaf = name.rpartition(".")
-        new_bias = leaf == "bias" and name not in shapes and f"{owner}.weight" in shapes
-        if not new_bias and shapes.get(name) != tuple(shape):
-            raise TensorMismatchError(
-                f"{name}: the checkpoint replaces it with shape {tuple(shape)}; the base model has "
-                f"{shapes.get(name, 'no such tensor')}; choose a base of the checkpoint's size and number of classes",
-                module=owner,
-                tensor=name,
-                expected=tuple(shape),
-                found=shapes.get(name),
-            )
-
-
 def _ties(expected: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
     """The names of ``expected``, those of one and the same tensor together."""
     groups: dict[int, list[str]] = {}

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from reparam_export.errors import CheckpointError, MissingSettingError, TensorMismatchError, UsageError
-from reparam_export.state import assign, check_replaced, load_state
+from reparam_export.fit import check_replaced
+from reparam_export.state import assign, load_state
 
 STATE = {"a.weight": torch.randn(3, 2).bfloat16(), "b": torch.arange(4), "c": torch.tensor(2.0, dtype=torch.float64)}
 

@@ -17,7 +17,7 @@ from reparam_export.assembly import base_of, bound, named_each
 from reparam_export.checkpoints import Checkpoint
 from reparam_export.errors import CheckpointError, ExportError, FusionError, TensorMismatchError
 from reparam_export.files import fingerprint
-from reparam_export.fit import check_covered
+from reparam_export.fit import check_covered, check_kind
 from reparam_export.hf_folder import Structure, bias_switches, retyped, structure_of
 from reparam_export.layouts import check_scaled
 from reparam_export.models import Base
@@ -262,6 +262,7 @@ def _replaced(
         old = old or stored.get(structure.ties.get(name, ""))
         if old is None:
             raise NotStreamableError(f"the checkpoint brings {name}, which the base's files do not hold")
+        check_kind(name, torch_name(old.code), torch_name(new.code))
         if target is None and new.is_float and old.is_float and new.code != old.code:
             values = rounded(array64(tensor), FORMATS[old.code])
             new = Stored(name, old.code, new.shape, values.reshape(-1).view("u1"))

@@ -19,7 +19,7 @@ from torch import nn
 
 import reparam_export as rx
 from reparam_export.checkpoints import Recipe
-from reparam_export.errors import CheckpointError, ReparamError
+from reparam_export.errors import CheckpointError, ReparamError, TensorMismatchError
 from reparam_export.folder import load_fused
 from reparam_export.streaming import stream
 
@@ -198,6 +198,16 @@ def test_the_vocabulary_has_as_many_tokens_as_the_table_that_was_saved(
     assert model.config.vocab_size == rows == len(model.model.embed_tokens.weight)
     ids = torch.randint(3, rows, (3, 9), generator=torch.Generator().manual_seed(2))
     assert distance(logits(model, ids), logits(adapted, ids)) < 1e-6
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_table_of_integers_is_refused(streamed: bool, tmp_path: Path) -> None:
+    adapter, _, _ = with_vocabulary("saved, tied", tmp_path)
+    file = adapter / "adapter_model.safetensors"
+    state = load_file(file)
+    save_file({n: (t * 99).to(torch.int8) if "embed_tokens" in n else t for n, t in state.items()}, file)
+    with pytest.raises(TensorMismatchError, match=r"embed_tokens.weight: the base has .*float32, .* brings .*int8"):
+        rx.plan_of(rx.read(adapter, numpy=True)) if streamed else rx.fuse(rx.read(adapter))
 
 
 @pytest.mark.parametrize("streamed", [False, True])

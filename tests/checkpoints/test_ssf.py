@@ -12,7 +12,14 @@ from conftest import CASES, MORE_CASES, own_model
 from safetensors.torch import save_file
 
 import reparam_export as rx
-from reparam_export.errors import FusionError, MissingSettingError, ReparamError, TensorMismatchError, UsageError
+from reparam_export.errors import (
+    CheckpointError,
+    FusionError,
+    MissingSettingError,
+    ReparamError,
+    TensorMismatchError,
+    UsageError,
+)
 
 VIT, SWIN = CASES["ssf_vit"], MORE_CASES["ssf_swin"]
 SPEC = VIT.options["base"]
@@ -134,6 +141,38 @@ def test_trained_biases_norms_and_a_head_are_taken_whole(tmp_path: Path) -> None
     fused = rx.fuse(checkpoint)
     assert all(torch.equal(fused[name], tensor) for name, tensor in tensors.items())
     assert rx.verify(checkpoint, fused, count=2).certificate.verdict == "exact"
+
+
+NORMS = {
+    "torch": "torch.nn.RMSNorm(6)",
+    "transformers": "__import__('transformers').models.llama.modeling_llama.LlamaRMSNorm(6)",
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_bias_on_a_norm_that_reads_none_is_refused(norm: str, tmp_path: Path) -> None:
+    layers = LAYERS.replace("torch.nn.LayerNorm(6)", NORMS[norm]).replace("Linear(6, 3)", "Linear(6, 3, bias=False)")
+    base = own_model(tmp_path, layers, "self.head(self.norm(self.fc(x)))")
+    tensors = {"fc.bias": torch.randn(6), "norm.weight": torch.randn(6), "head.bias": torch.randn(3)}
+    for more in ({}, {"norm.bias": torch.randn(6)}):
+        save_file(tensors | more, tmp_path / "bitfit.safetensors")
+        checkpoint = rx.read(tmp_path / "bitfit.safetensors", base, inputs=["x=batch,4:float32"])
+        if not more:
+            assert torch.equal(
+                rx.fuse(checkpoint)["head.bias"], tensors["head.bias"]
+            )  # a linear layer has a place for one
+            continue
+        with pytest.raises(TensorMismatchError, match=r"norm\.bias: .* RMSNorm has none|LlamaRMSNorm has none"):
+            rx.fuse(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_integers_for_a_table_of_numbers_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = {"fc.bias": torch.randn(6), "norm.weight": (torch.randn(6) * 9).to(dtype)}
+    save_file(tensors, tmp_path / "bitfit.safetensors")
+    base = own_model(tmp_path, LAYERS, "self.head(self.norm(self.fc(x)))")
+    with pytest.raises(CheckpointError, match=r"norm\.weight.*(int|bool)"):
+        rx.fuse(rx.read(tmp_path / "bitfit.safetensors", base, inputs=["x=batch,4:float32"]))
 
 
 @pytest.mark.parametrize("name", ["fc.weight", "fc.bias_2", "other.bias"])
