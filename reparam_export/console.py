@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from reparam_export.errors import short_words
+
 Advance = Callable[[int, int], None]  # (done, in all)
 
 
@@ -69,5 +71,5 @@ class Console:
 
 
 def clean(text: str) -> str:
-    """Text without control characters: names in a checkpoint must not move the cursor of a terminal."""
-    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
+    """Text without control characters and endless words: names in a checkpoint must not move the cursor of a terminal, nor fill it."""
+    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in short_words(text))

@@ -21,13 +21,36 @@ The fields on the exception carry the same facts, so that callers never match te
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+WORD, LINE, TEXT = 400, 2000, 10_000  # characters of a message: one run without spaces, one line, all of it
+
+
+def clipped(text: str) -> str:
+    """A message that what a file says (names, numbers, paths) cannot make endless: the middle of what is too long left out."""
+    return _without_middle("\n".join(_without_middle(line, LINE) for line in short_words(text).split("\n")), TEXT)
+
+
+def short_words(text: str) -> str:
+    """The text with the middle left out of what is too long for a word."""
+    return re.sub(rf"\S{{{WORD + 1},}}", lambda match: _without_middle(match[0], WORD), text)
+
+
+def _without_middle(text: str, most: int) -> str:
+    left = len(text) - most
+    return (
+        text if left <= 0 else f"{text[: most // 2]}... ({left:,} characters more) ...{text[len(text) - most // 2 :]}"
+    )
 
 
 class ReparamError(Exception):
     """Root of the tree. ``exit_code`` is what the command line exits with."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return clipped(super().__str__())
 
 
 class UsageError(ReparamError):

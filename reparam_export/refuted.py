@@ -3,7 +3,7 @@
     hf/model.safetensors  ->  hf.refuted/model.safetensors.refuted        fused.safetensors  ->  fused.safetensors.refuted
 
 The evidence (verification.json, the report) stays where it is. Nothing is deleted: the next ``verify``, with other samples perhaps, is
-about the same files.
+about the same files. Of a link, the link is renamed; what it points at is not ours.
 """
 
 from __future__ import annotations
@@ -24,16 +24,21 @@ def set_aside(folder: Path, names: tuple[str, ...] = LOADABLE) -> list[str]:
     paths = [path for name in names for path in sorted(folder.glob(name)) if not path.name.endswith(ENDING)]
     for path in paths:
         aside = path.with_name(path.name + ENDING)
-        if aside.is_symlink():
-            aside.unlink()
-        elif aside.is_dir():
-            shutil.rmtree(aside)
+        _remove(aside)
         if path.is_dir() and not path.is_symlink():  # its files first: a kill in between leaves nothing that loads
             for file in sorted(path.rglob("*")):
                 if file.is_file() and not file.name.endswith(ENDING):
                     file.rename(file.with_name(file.name + ENDING))
         path.rename(aside)
     return [path.name + ENDING for path in paths]
+
+
+def _remove(path: Path) -> None:
+    """A link itself, and never what it points at."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def aside(folder: Path) -> list[Path]:
@@ -46,11 +51,11 @@ def put_back(folder: Path) -> bool:
     found = aside(folder)
     for path in found:
         place = path.with_name(path.name.removesuffix(ENDING))
-        if place.exists():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if place.exists() or place.is_symlink():
+            _remove(path)
             continue
         path.rename(place)
-        for file in sorted(place.rglob(f"*{ENDING}")) if place.is_dir() else ():
+        for file in sorted(place.rglob(f"*{ENDING}")) if place.is_dir() and not place.is_symlink() else ():
             file.rename(file.with_name(file.name.removesuffix(ENDING)))
     return bool(found)
 

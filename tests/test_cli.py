@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import CASES, Case
+from conftest import CASES, Case, own_model
 from safetensors.torch import load_file, save_file
 
 from reparam_export import cli
+from reparam_export.refuted import put_back, set_aside
 
 
 def run(*words: object) -> Result:
@@ -426,6 +427,68 @@ def loads_in_no_library(folder: Path) -> bool:
     return not any(
         file.suffix in (".safetensors", ".onnx", ".engine", ".bin") or file.name == "config.json" for file in files
     )
+
+
+DIGITS = "1" * 4000
+
+
+@pytest.mark.parametrize("flag", [[], ["--json"]])
+def test_what_a_file_says_cannot_fill_the_terminal(flag: list[str], tmp_path: Path) -> None:
+    pair = {"x.lora_a": torch.ones(6, 2), "x.lora_b": torch.ones(2, 8)}
+    for number, model in enumerate(("m" * 100_000, "m " * 50_000, "m\n" * 50_000)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_file(pair, folder / "adapters.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"scale": 2}, "model": model}))
+        result = run("fuse", folder, "-o", tmp_path / "out", *flag)
+        assert result.exit_code == 3
+        assert "no usable folder or hub id" in result.stderr
+        assert len(result.output) < 3000
+    name = f"layers.{DIGITS}.attn.q_proj"
+    save_file(
+        {f"{name}.lora_a.weight": torch.ones(2, 6), f"{name}.lora_b.weight": torch.ones(8, 2)},
+        tmp_path / "x.safetensors",
+    )
+    base = own_model(tmp_path, "self.fc = Linear(6, 8)", "self.fc(x)")
+    more = ["--set", "lora_alpha=4", "--set", "model_type=qwen", "--base", base, "--input", "x=batch,6:float32"]
+    for words in (
+        ["fuse", tmp_path / "x.safetensors", *more, "-o", tmp_path / "out"],
+        ["inspect", tmp_path / "x.safetensors", *more[:4]],
+    ):
+        result = run(*words, *flag)
+        assert result.exit_code == (3 if words[0] == "fuse" else 0)
+        shown = result.output if words[0] == "fuse" or not flag else ""  # as JSON, for a program, it is there whole
+        assert len(shown) < 4000
+        assert DIGITS[:150] in result.output
+        if words[0] == "fuse":
+            assert "more than" not in result.stderr
+            assert "characters more" in result.stderr
+
+
+def test_links_among_refuted_files_are_moved_and_not_followed(tmp_path: Path) -> None:
+    """Somebody's own folder stands behind ``hf``: nothing of it is renamed or removed."""
+    real, out = tmp_path / "real", tmp_path / "out"
+    real.mkdir()
+    out.mkdir()
+    for name in ("model.safetensors", "notes.refuted"):
+        (real / name).write_text(name)
+    (out / "hf").symlink_to(real)
+    assert set_aside(out) == ["hf.refuted"]
+    assert put_back(out)
+    assert (out / "hf").is_symlink()
+    set_aside(out)
+    (out / "hf").mkdir()  # made anew
+    (out / "hf" / "new").write_text("new")
+    assert put_back(out)
+    assert (out / "hf" / "new").is_file()
+    assert not (out / "hf.refuted").is_symlink()
+    shutil.rmtree(out / "hf")
+    (out / "hf.refuted").mkdir()
+    (out / "hf").symlink_to(tmp_path / "gone")  # a link to what is not there yet keeps its place, too
+    assert put_back(out)
+    assert (out / "hf").is_symlink()
+    assert not (out / "hf.refuted").exists()
+    assert sorted(p.name for p in real.iterdir()) == ["model.safetensors", "notes.refuted"]
 
 
 def test_a_refuted_model_is_set_aside_until_it_is_proven(hydra: Case, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from reparam_export.affine import Tensor
 from reparam_export.checkpoints._folder import INDEX, check_beside, check_whole, shards, weights_file
 from reparam_export.checkpoints._settings import Settings
-from reparam_export.errors import TensorMismatchError, UsageError
+from reparam_export.errors import CheckpointError, TensorMismatchError, UsageError
 from reparam_export.files import (
     flat_tensors,
     is_tensor,
@@ -27,6 +27,7 @@ from reparam_export.names.once import once
 from reparam_export.names.wrappers import has_outer, unwrapped
 
 NATIVE = "reparam-export/1"
+LONGEST = 1000  # characters of a path or a hub id
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,15 @@ class Source:
         return Claim(self.path, dict(self.tensors))
 
     def near(self, place: str) -> str:
-        """The folder of a model that the checkpoint names: beside its file, else one of the working folder, or a hub id."""
+        """The folder of a model that the checkpoint names: beside its file, else one of the working folder, or a hub id.
+
+        Raises CheckpointError for what is neither.
+        """
+        if len(place) > LONGEST or not place.isprintable():
+            raise CheckpointError(
+                f"{self.path}: the base that it names, {place[:80]!r} and on, is no usable folder or hub id; correct the name in the file, "
+                "or take it out and pass --base"
+            )
         beside = self.file.parent / place
         return str(beside) if beside.is_dir() else place
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 import click
 
 from reparam_export import plugins
-from reparam_export.errors import ReparamError
+from reparam_export.errors import ReparamError, clipped
 
 EXIT_CODES = """Exit codes: 0 proven and written; 1 not equivalent, or added cost; 2 wrong call; 3 checkpoint or base not
 understood; 4 cannot be fused; 5 the target refused, or the disk did; 6 latency not decided; 70 a fault of reparam-export itself."""
@@ -100,6 +100,7 @@ def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
 def _fail(kind: str, message: str, code: int, as_json: bool) -> None:
     from reparam_export.console import clean
 
+    message = clipped(message)
     if as_json:
         import json
 
