@@ -17,7 +17,7 @@ from reparam_export.affine import Tensor
 from reparam_export.checkpoints import Adapter, Claim, Parts, Source, alike
 from reparam_export.checkpoints._peft_names import PREFIX, check_matched, of_pattern, part_of, targets, unused_targets
 from reparam_export.checkpoints._peft_tokens import on_every_tie, trained_tokens
-from reparam_export.errors import CheckpointError, FusionError, TensorMismatchError
+from reparam_export.errors import CheckpointError, FusionError, MissingSettingError, TensorMismatchError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,7 +87,7 @@ class Layer:
         return self.claim.take_if(f"{self.full}.{name}")
 
     def setting(self, name: str, otherwise: Any = None) -> Any:
-        """A setting of the whole folder. Raises CheckpointError when it is neither there nor has a usual value."""
+        """A setting of the whole folder. Raises MissingSettingError when it is neither there nor has a usual value."""
         value = self.source.config.get(name)
         return self._found(name, otherwise if value is None else value)
 
@@ -112,7 +112,13 @@ class Layer:
 
     def _found(self, name: str, value: Any) -> Any:
         if value is None:
-            raise CheckpointError(f"{self.source.path}: adapter_config.json has no {name}, which {self.module} needs")
+            raise MissingSettingError(
+                f'{self.source.path}: adapter_config.json has no {name}, which {self.module} needs; add "{name}": VALUE to it, as the '
+                "training script had it, and run again. peft itself goes on with a default of its own, whatever it was trained with",
+                setting=name,
+                found_in="the training script",
+                option=f'"{name}": VALUE in adapter_config.json',
+            )
         return value
 
 

@@ -104,7 +104,11 @@ def lora_settings(
             given.offer(name, options.get(name), "the file's hyper_parameters")
     alpha = 1 if alphas else given.number("lora_alpha", found_in=found_in)
     rs = given.flag("use_rslora")
-    given.notes.append(f"scale {'alpha' if alphas else 'lora_alpha'} / {'sqrt(r)' if rs else 'r'} on every module")
+    otherwise = (
+        "" if "use_rslora" in given.values else " (if it was trained with use_rslora, / sqrt(r): --set use_rslora=true)"
+    )
+    name = "alpha" if alphas else "lora_alpha"
+    given.notes.append(f"scale {name} / {'sqrt(r)' if rs else 'r'} on every module{otherwise}")
     return {
         "peft_type": "LORA",
         "lora_alpha": alpha,

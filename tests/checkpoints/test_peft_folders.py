@@ -19,7 +19,7 @@ from torch import nn
 
 import reparam_export as rx
 from reparam_export.checkpoints import Recipe
-from reparam_export.errors import CheckpointError, ReparamError, TensorMismatchError
+from reparam_export.errors import CheckpointError, MissingSettingError, ReparamError, TensorMismatchError
 from reparam_export.folder import load_fused
 from reparam_export.streaming import stream
 
@@ -314,6 +314,21 @@ def test_an_alpha_of_zero_is_said_to_be_that(saved: Path, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="lora_alpha 0"):
         rx.read(rewritten(saved, tmp_path / "adapter", tensors, lora_alpha=0))
     assert rx.read(rewritten(saved, tmp_path / "some", tensors, lora_alpha=0, alpha_pattern={"q_proj": 3})).adapters
+
+
+@pytest.mark.parametrize("none", [True, False])
+def test_an_alpha_that_is_not_there_is_asked_for_with_the_line_to_add(saved: Path, none: bool, tmp_path: Path) -> None:
+    tensors = load_file(saved / "adapter_model.safetensors")
+    folder = rewritten(saved, tmp_path / "adapter", tensors, lora_alpha=None)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if not none:
+        del config["lora_alpha"]
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(MissingSettingError, match=r'add "lora_alpha": VALUE to it') as caught:
+        rx.read(folder)
+    assert caught.value.setting == "lora_alpha"
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 7}))
+    assert rx.read(folder).adapters
 
 
 def test_rows_of_added_tokens_in_a_file_of_their_own_are_not_passed_over(saved: Path, tmp_path: Path) -> None:

@@ -133,6 +133,18 @@ def test_what_lightning_knows_is_taken_and_said(tmp_path: Path) -> None:
     assert given.adapters[0].params.scale == 7 / 4
 
 
+def test_a_scale_of_rslora_is_had_with_the_setting_that_the_note_names(tmp_path: Path) -> None:
+    model = trained(lora(use_rslora=True))
+    torch.save(model.state_dict(), tmp_path / "whole.pt")
+    plain = rx.read(tmp_path / "whole.pt", SPEC, settings={"lora_alpha": 12})
+    assert any("lora_alpha / r on every module" in n and "--set use_rslora=true" in n for n in plain.notes)
+    assert error(plain, model) > 1e-2
+    for said in (True, "true"):  # as the command line has it
+        found = rx.read(tmp_path / "whole.pt", SPEC, settings={"lora_alpha": 12, "use_rslora": said})
+        assert "scale lora_alpha / sqrt(r) on every module" in found.notes
+        assert error(found, model) < 3e-6
+
+
 def test_of_several_adapters_one_is_chosen(tmp_path: Path) -> None:
     model = trained(lora(modules_to_save=["head"]), "other")
     torch.save(model.state_dict(), tmp_path / "two.pt")
