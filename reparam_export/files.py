@@ -49,8 +49,10 @@ def load_pickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
+        if "torch.distributed" in str(error):
+            raise in_parts(path, "it holds tensors of torch.distributed") from error
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is None:
             raise _damaged(path, "a torch file", error) from error
@@ -60,6 +62,24 @@ def load_pickle(path: Path) -> Any:
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
         raise _damaged(path, "a torch file", error) from error
+    if _holds_parts(content):  # they say the whole's shape, and have the numbers of one part
+        raise in_parts(path, "it holds tensors of torch.distributed")
+    return content
+
+
+def in_parts(path: Path, what: str) -> CheckpointError:
+    """The error for a file of one rank, with what puts such files together."""
+    return CheckpointError(
+        f"{path}: {what}: one part of a model that was saved in parts, by rank (FSDP, tensor parallel). Put them together first: for verl "
+        "`python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir OUT`, for DeepSpeed the zero_to_fp32.py beside "
+        "its checkpoint; or save again gathered (FSDP's FULL_STATE_DICT), and give that"
+    )
+
+
+def _holds_parts(content: Any, depth: int = 3) -> bool:
+    if isinstance(content, Mapping) and depth:
+        return any(_holds_parts(value, depth - 1) for value in content.values())
+    return is_tensor(content) and type(content).__module__.startswith("torch.distributed")
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:

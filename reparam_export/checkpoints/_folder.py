@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from reparam_export.affine import Tensor
+from reparam_export.checkpoints._nemo import ENDING
 from reparam_export.errors import CheckpointError
-from reparam_export.files import PICKLES, flat_tensors, indexed, load_pickle, load_safetensors
+from reparam_export.files import PICKLES, flat_tensors, in_parts, indexed, load_pickle, load_safetensors
 
 INDEX = ".index.json"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -17,23 +18,67 @@ OTHERS = (
     "model.safetensors", "pytorch_model.bin", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapters.safetensors",
     "adapter_model.pt",
 )  # fmt: skip
+DISTRIBUTED = ".distcp"
+RANK = re.compile(r"(?<![a-z])rank_(\d+)")
+WORLD = re.compile(r"world_size_(\d+)")
 NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
 def weights_file(path: Path) -> Path:
     """The file with the weights, or the index of an adapter's shards. Raises CheckpointError that names what else there is."""
     if path.is_file():
-        if path.name.endswith((*PICKLES, ".safetensors")) or path.name in [f"{name}{INDEX}" for name in ADAPTERS]:
+        _check_rank(path)
+        if path.name.endswith((*PICKLES, ".safetensors", ENDING)) or path.name in [
+            f"{name}{INDEX}" for name in ADAPTERS
+        ]:
             return path
         raise CheckpointError(
-            f"{path}: expected {', '.join(PICKLES)}, .safetensors or a PEFT folder, found the ending {path.suffix or '(none)'}"
+            f"{path}: expected {', '.join(PICKLES)}, .safetensors, {ENDING} or a PEFT folder, found the ending {path.suffix or '(none)'}"
         )
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     for name in (*ADAPTERS, *(f"{name}{INDEX}" for name in ADAPTERS), *OTHERS):
         if (path / name).is_file():
             return path / name
+    _check_parts(path)
     raise CheckpointError(f"{path}: the folder holds none of {', '.join((*ADAPTERS, *OTHERS))}{_below(path)}")
+
+
+def _check_rank(file: Path) -> None:
+    """Raises CheckpointError for the file of one of several ranks: as its name says, or others of its name beside it."""
+    if file.name.endswith(DISTRIBUTED):
+        _check_parts(file.parent)
+    ranks = _ranks(file)
+    if ranks > 1:
+        raise in_parts(file, f"the file of one rank of {ranks}")
+
+
+def _ranks(file: Path) -> int:
+    """How many ranks wrote files like this one: as its name says, or others beside it that are numbered from 0; 1 for any other file."""
+    world = WORLD.search(file.name)
+    if not RANK.search(file.name) or not file.name.endswith(PICKLES):
+        return 1
+    if world:
+        return int(world[1])
+    like = [p.name for p in file.parent.iterdir() if RANK.sub("", p.name) == RANK.sub("", file.name)]
+    numbers = sorted(int(match[1]) for name in like if (match := RANK.search(name)))
+    return (
+        len(like) if numbers == list(range(len(like))) else 1
+    )  # lora_rank_8.pt beside lora_rank_16.pt is another matter
+
+
+def _check_parts(folder: Path) -> None:
+    """Raises CheckpointError for a folder, or one with a folder in it, that holds a model in parts by rank and nothing else."""
+    for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
+        files = sorted(p for p in place.iterdir() if p.is_file())
+        if any(p.name.endswith(DISTRIBUTED) for p in files):
+            raise CheckpointError(
+                f"{place}: a distributed checkpoint of torch ({DISTRIBUTED}: FSDP's SHARDED_STATE_DICT), in parts. Put them together "
+                f"first: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch {place} model.pt`, and give model.pt"
+            )
+        ranks = max(map(_ranks, files), default=1)
+        if ranks > 1:
+            raise in_parts(place, f"it holds the files of {ranks} ranks")
 
 
 def _below(path: Path) -> str:

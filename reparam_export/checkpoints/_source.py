@@ -12,6 +12,7 @@ from typing import Any
 
 from reparam_export.affine import Tensor
 from reparam_export.checkpoints._folder import INDEX, check_beside, check_whole, shards, weights_file
+from reparam_export.checkpoints._nemo import ENDING, open_archive
 from reparam_export.checkpoints._settings import Settings
 from reparam_export.errors import CheckpointError, TensorMismatchError, UsageError
 from reparam_export.files import (
@@ -164,7 +165,10 @@ def open_source(
     elif file.suffix == ".safetensors":
         tensors, metadata = load_safetensors(file, numpy=numpy)
     else:
-        loaded = load_pickle(file)
+        if file.suffix == ENDING:
+            loaded, config = open_archive(file)
+        else:
+            loaded = load_pickle(file)
         if isinstance(loaded, Mapping) and loaded.get("format") == NATIVE:
             content, tensors = loaded, {}
         else:

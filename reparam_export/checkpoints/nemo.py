@@ -1,4 +1,4 @@
-"""NeMo's and Megatron's LoRA (``model_weights.ckpt`` of a ``.nemo`` archive, unpacked, of one rank), on models of Hugging Face like LLaMA.
+"""NeMo's and Megatron's LoRA (a ``.nemo`` archive of one rank, or ``model_weights.ckpt`` out of it), on models of Hugging Face like LLaMA.
 
     [model.]decoder.layers.N.self_attention.adapter_layer.lora_kqv_adapter.linear_in.weight (r, in), linear_out.weight (out, r)
     ...lora_dense_attention_adapter, mlp.adapter_layer.lora_hto4h_adapter, lora_4htoh_adapter
@@ -6,7 +6,8 @@
 
 The packed q, k, v are by groups, ``[groups, (heads / groups + 2), head_dim]``: the heads of one group, its k, its v (NVIDIA/NeMo,
 ``MCoreSelfAttentionMixin.get_query_key_value_tensors``; its own ``convert_nemo_to_canonical.py`` cuts them as if q, k and v stood one after
-the other, which is another model). ``linear_fc1`` is the gate, then up. Scale ``alpha`` / r. The file holds none of the three numbers.
+the other, which is another model). ``linear_fc1`` is the gate, then up. Scale ``alpha`` / r.
+The weights say none of the three numbers; the archive's ``model_config.yaml`` mostly does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from reparam_export.adapters import lora
 from reparam_export.affine import Affine, Bottleneck, Tensor
 from reparam_export.checkpoints import Adapter, Parts, Source
+from reparam_export.checkpoints._nemo import settings_in
 from reparam_export.checkpoints._stated import checked, head_size
 from reparam_export.errors import CheckpointError, TensorMismatchError
 
@@ -41,6 +43,8 @@ def accepts(source: Source) -> bool:
 
 def read(source: Source) -> Parts:
     claim = source.claim()
+    for name, value in settings_in(source.config.get("nemo", {})).items():
+        source.settings.offer(name, value, "model_config.yaml")
     alpha = source.settings.number("lora_alpha", found_in=f"{WHERE}peft.lora_tuning.alpha")
     adapters: list[Adapter] = []
     found = [match for name in source.tensors if (match := FACTOR.fullmatch(name))]

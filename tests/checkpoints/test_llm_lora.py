@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +328,77 @@ def test_nemos_packed_layers_are_taken_apart_by_groups(style: str, tmp_path: Pat
     with pytest.raises(CheckpointError, match="no 3 groups of heads of 8"):
         rx.read(tmp_path / "model_weights.ckpt", spec, settings=settings | {"num_query_groups": 3})
     assert len(rx.read(tmp_path / "model_weights.ckpt", inspecting=True).missing) == 3
+
+
+def archive(folder: Path, files: dict[str, bytes | Path], mode: str = "w") -> Path:
+    """A ``.nemo`` file, as NeMo's ``save_restore_connector`` makes it."""
+    with tarfile.open(folder / "lora.nemo", mode) as tar:  # type: ignore[call-overload]
+        for name, content in files.items():
+            data = content.read_bytes() if isinstance(content, Path) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return folder / "lora.nemo"
+
+
+PEFT = "peft:\n  peft_scheme: lora\n  lora_tuning:\n    adapter_dim: 4\n    alpha: {}\n"
+HEADS_OF = f"num_attention_heads: {HEADS}\nnum_query_groups: {KV_HEADS}\nhidden_size: {WIDTH}\n"
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_nemo_archive_is_read_without_unpacking_it(mode: str, tmp_path: Path) -> None:
+    spec, base = llama(tmp_path)
+    expected = nemo(tmp_path, base, "old")
+    config = f"{PEFT.format(12)}{HEADS_OF}kv_channels: {HEAD}\n".encode()
+    files: dict[str, bytes | Path] = {
+        "./model_config.yaml": config,
+        "./model_weights.ckpt": tmp_path / "model_weights.ckpt",
+    }
+    found = rx.read(archive(tmp_path, files, mode), spec)
+    assert found.settings == {"lora_alpha": 12, "num_query_groups": KV_HEADS, "head_dim": HEAD}
+    assert off(found, expected) < 1e-6
+    assert "lora_alpha 12 from model_config.yaml" in found.notes
+    given = rx.read(tmp_path / "lora.nemo", spec, settings={"lora_alpha": 3})
+    assert given.adapters[0].params.scale == 3 / 4
+    config = f"{PEFT.format('${model.peft.lora_tuning.adapter_dim}')}{HEADS_OF}".encode()
+    found = rx.read(archive(tmp_path, files | {"./model_config.yaml": config}), settings={"head_dim": HEAD})
+    assert found.adapters[0].params.scale == 1
+    with pytest.raises(CheckpointError, match="no 2 groups of heads of 6"):  # its own width / heads
+        rx.read(tmp_path / "lora.nemo")
+    archive(tmp_path, {"./model_config.yaml": b"a: 1", "./model_weights.ckpt": tmp_path / "model_weights.ckpt"})
+    with pytest.raises(MissingSettingError, match="lora_alpha"):
+        rx.read(tmp_path / "lora.nemo")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            {"mp_rank_00/model_weights.ckpt": b"x", "mp_rank_01/model_weights.ckpt": b"x"},
+            "2 of them, one for each rank",
+        ),
+        (
+            {"model_config.yaml": b"a: 1", "model_weights/__0_0.distcp": b"x"},
+            "it holds model_config.yaml, model_weights/",
+        ),
+        ({"model_weights.ckpt": b"x"}, "cannot be read as a torch file"),
+        (None, "a tar file"),
+    ],
+)
+def test_a_nemo_archive_of_several_ranks_is_said_to_be_that(files: Any, said: str, tmp_path: Path) -> None:
+    if files is None:
+        (tmp_path / "lora.nemo").write_bytes(b"nothing of the kind")
+    else:
+        archive(tmp_path, files)
+    with pytest.raises(CheckpointError, match=said):
+        rx.read(tmp_path / "lora.nemo")
+
+
+def test_a_link_in_a_nemo_archive_is_not_followed(tmp_path: Path) -> None:
+    torch.save({"secret": torch.ones(2)}, tmp_path / "secret.pt")
+    with tarfile.open(tmp_path / "lora.nemo", "w") as tar:
+        info = tarfile.TarInfo("model_weights.ckpt")
+        info.type, info.linkname = tarfile.SYMTYPE, str(tmp_path / "secret.pt")
+        tar.addfile(info)
+    with pytest.raises(CheckpointError, match=r"expected one model_weights\.ckpt"):
+        rx.read(tmp_path / "lora.nemo")
