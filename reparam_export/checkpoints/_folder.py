@@ -21,6 +21,7 @@ OTHERS = (
 DISTRIBUTED = ".distcp"
 RANK = re.compile(r"(?<![a-z])rank_(\d+)")
 WORLD = re.compile(r"world_size_(\d+)")
+NEW_ROWS = ("new_embeddings.safetensors", "new_embeddings.bin")
 NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
@@ -112,12 +113,19 @@ def shards(index: Path, *, numpy: bool) -> dict[str, Tensor]:
 
 
 def check_beside(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for rows of added tokens in a file of their own, beside an adapter (as vLLM reads them)."""
-    rows = folder / "new_embeddings.safetensors"
-    if config.get("peft_type") and rows.is_file():
+    """Raises CheckpointError for rows of added tokens in a file of their own, beside an adapter.
+
+    ``input_embeddings`` and ``output_embeddings``, cut out of an adapter's whole tables for vLLM (fms-hf-tuning's
+    ``post_process_vLLM_adapters_new_tokens``: the last rows, wherever they stood; vLLM puts them below ``vocab_size`` rows, and only where
+    the adapter has LoRA on that table). Which model that is, the folder does not say.
+    """
+    rows = next((folder / name for name in NEW_ROWS if (folder / name).is_file()), None)
+    if config.get("peft_type") and rows is not None:
         raise CheckpointError(
-            f"{rows}: holds the rows of added tokens, which belong below the base's own embedding; they are not read. Resize the base's "
-            "tables, put these rows in, save it, and give it with --base; then move this file away"
+            f"{rows}: holds the rows of added tokens, as an adapter is cut up for vLLM, and not where in the tables they were trained; they "
+            "are not read. Give the adapter as it was before that, with its whole embed_tokens and lm_head; or put the rows into the base's "
+            "tables (resize_token_embeddings; input_embeddings into the embedding, output_embeddings into lm_head), save that, give it with "
+            "--base, and move this file away"
         )
 
 

@@ -331,10 +331,15 @@ def test_an_alpha_that_is_not_there_is_asked_for_with_the_line_to_add(saved: Pat
     assert rx.read(folder).adapters
 
 
-def test_rows_of_added_tokens_in_a_file_of_their_own_are_not_passed_over(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["new_embeddings.safetensors", "new_embeddings.bin"])
+def test_rows_of_added_tokens_in_a_file_of_their_own_are_not_passed_over(
+    name: str, saved: Path, tmp_path: Path
+) -> None:
     folder = rewritten(saved, tmp_path / "adapter", load_file(saved / "adapter_model.safetensors"))
-    save_file({"input_embeddings": torch.ones(3, 32)}, folder / "new_embeddings.safetensors")
-    with pytest.raises(CheckpointError, match="rows of added tokens"):
+    assert rx.read(folder).adapters
+    rows = {"input_embeddings": torch.ones(3, 32)}
+    save_file(rows, folder / name) if name.endswith("s") else torch.save(rows, folder / name)
+    with pytest.raises(CheckpointError, match=r"rows of added tokens.*whole embed_tokens and lm_head.*--base"):
         rx.read(folder)
 
 
