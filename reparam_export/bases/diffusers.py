@@ -21,6 +21,7 @@ from reparam_export.calls import foreign
 from reparam_export.errors import CheckpointError, MissingBackendError
 from reparam_export.files import read_json
 from reparam_export.models import Base, Signature, with_observed_outputs
+from reparam_export.names.once import once
 from reparam_export.state import assign, load_state
 
 if TYPE_CHECKING:
@@ -85,7 +86,10 @@ def _stored(folder: Path, base: Base) -> dict[str, Tensor]:
             shards = sorted(set(read_json(index)["weight_map"].values()))
             if any(Path(shard).name != shard for shard in shards):
                 raise CheckpointError(f"weights {index}: expected plain names of shards; found {shards[0]!r}")
-            return {name: tensor for shard in shards for name, tensor in load_state(folder / shard).items()}
+            stored = ((shard, load_state(folder / shard)) for shard in shards)
+            return once(
+                ((f"{name} in {shard}", name, t) for shard, state in stored for name, t in state.items()), index
+            )
     raise CheckpointError(
         f"base {base.spec!r}: expected {WEIGHTS}.safetensors or .bin in {folder}; found none; or give --base-weights FILE"
     )

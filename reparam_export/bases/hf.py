@@ -39,6 +39,7 @@ from reparam_export.errors import (
 )
 from reparam_export.files import plain_shard_name
 from reparam_export.models import Base, Signature, first_line, split_argument, with_observed_outputs
+from reparam_export.names.once import once
 from reparam_export.state import is_constant, load_state, unnested
 
 if TYPE_CHECKING:
@@ -265,10 +266,11 @@ def _stored(place: str, folder: Path, base: Base) -> dict[str, Tensor]:
 
 
 def _shards(where: Mapping[str, str], place: str, base: Base) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
+    found: list[tuple[str, str, Tensor]] = []
     for shard in sorted(set(where.values())):
         plain_shard_name(shard, Path(place))
-        state |= load_state(_file(place, shard, base))
+        found += [(f"{name} in {shard}", name, t) for name, t in load_state(_file(place, shard, base)).items()]
+    state = once(found, f"base {base.spec!r}")
     for name in sorted(set(where) ^ set(state)):
         raise _mismatch(base, name, where.get(name, "not in the index"), "in a shard" if name in state else None)
     return state

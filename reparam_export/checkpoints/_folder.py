@@ -122,10 +122,10 @@ def check_beside(folder: Path, config: Mapping[str, Any]) -> None:
     rows = next((folder / name for name in NEW_ROWS if (folder / name).is_file()), None)
     if config.get("peft_type") and rows is not None:
         raise CheckpointError(
-            f"{rows}: holds the rows of added tokens, as an adapter is cut up for vLLM, and not where in the tables they were trained; they "
-            "are not read. Give the adapter as it was before that, with its whole embed_tokens and lm_head; or put the rows into the base's "
-            "tables (resize_token_embeddings; input_embeddings into the embedding, output_embeddings into lm_head), save that, give it with "
-            "--base, and move this file away"
+            f"{rows}: holds the rows of added tokens, as an adapter is cut up for vLLM, and not where in the tables they were trained; "
+            "they are not read. Give the adapter as it was before that, with its whole embed_tokens and lm_head; or put the rows into "
+            "the base's tables (resize_token_embeddings; input_embeddings into the embedding, output_embeddings into lm_head), save that, "
+            "give it with --base, and move this file away"
         )
 
 

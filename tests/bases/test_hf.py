@@ -127,6 +127,12 @@ def test_reads_shards_and_refuses_one_that_is_gone(tmp_path: Path, shard: str) -
     (folder / f"{shard}{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     module, _ = Base(f"hf:{folder}").build()
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+    first, last = sorted(set(where.values()))
+    name = next(n for n, file in where.items() if file == first)
+    part = {n: t.contiguous() for n, t in state.items() if where[n] == last or n == name}
+    save_file(part, folder / last) if shard == "model" else torch.save(part, folder / last)  # and in the other, too
+    with pytest.raises(CheckpointError, match=rf"{name} in {first} and {name} in {last} are both"):
+        Base(f"hf:{folder}").build()
     (folder / f"{shard}-00002-of-00002{kind}").unlink()
     with pytest.raises(CheckpointError, match="00002-of-00002"):
         Base(f"hf:{folder}").build()

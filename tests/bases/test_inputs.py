@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from reparam_export.errors import CheckpointError, MissingSettingError
 from reparam_export.models import Base, outputs_of_call, samples
@@ -163,6 +165,19 @@ def test_a_transformer_of_flux_gets_the_positions_of_its_patches(tmp_path: Path)
     (found,) = outputs_of_call(module, signature, tuple(inputs.values()))
     grid = torch.tensor([(0.0, row, column) for row in range(4) for column in range(4)])
     assert torch.allclose(found, direct(**inputs, img_ids=grid, txt_ids=torch.zeros(16, 3)).sample, atol=1e-5)
+
+
+def test_a_tensor_in_two_shards_of_a_model_of_diffusers_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    D.UNet2DConditionModel(**UNET).save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    first, second, *_ = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    Base(f"diffusers:{tmp_path}").build()
+    part = load_file(tmp_path / first)
+    name = next(iter(part))
+    save_file(load_file(tmp_path / second) | {name: part[name] + 1}, tmp_path / second)
+    with pytest.raises(CheckpointError, match=rf"{name} in {first} and {name} in {second} are both"):
+        Base(f"diffusers:{tmp_path}").build()
 
 
 def test_what_is_no_model_of_diffusers_is_one_clear_error(tmp_path: Path) -> None:
