@@ -7,6 +7,7 @@ A misreading is either a setting of ``adapter_config.json`` that the reader does
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import tempfile
 import warnings
@@ -21,6 +22,7 @@ import peft
 import torch
 
 import reparam_export as rx
+from benchmarks.witness_files import of_files
 from benchmarks.witness_kinds import of_other_kinds
 from benchmarks.witness_lora import of_parameters, plain
 from benchmarks.witness_readings import Config, Mutation
@@ -49,13 +51,14 @@ class Outcome:
 
 def mutations() -> list[Mutation]:
     """All of them."""
-    return [*plain(), *of_parameters(), *of_other_kinds()]
+    return [*plain(), *of_parameters(), *of_other_kinds(), *of_files()]
 
 
 def run(mutation: Mutation) -> Outcome:
-    """Read a folder that peft wrote with the misreading planted, fold it, and prove it without and with the witness."""
+    """Read what its library wrote with the misreading planted, fold it, and prove it without and with the witness."""
     with tempfile.TemporaryDirectory() as folder, quiet():
         read = [made(mutation, config, Path(folder) / str(n), n) for n, config in enumerate(mutation.configs)]
+        read = [mutation.reads(Path(folder))] if mutation.reads else read
         if len(read) > 1:
             read = [read[0], *(replace(c, base=None, recipe=replace(c.recipe, base=None)) for c in read[1:])]
             read = [rx.stacked(read, mutation.weights)]
@@ -137,6 +140,11 @@ def full(outcomes: list[Outcome]) -> str:
     return "\n".join(rows)
 
 
+def versions() -> str:
+    """Of the libraries that bear witness."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("peft", "lycoris-lora", "diffusers"))
+
+
 def main() -> None:
     """Run all, write the two tables; exit 1 when one is not found out."""
     outcomes = []
@@ -144,7 +152,7 @@ def main() -> None:
         outcomes.append(run(mutation))
         print("caught" if outcomes[-1].caught else "MISSED", outcomes[-1].alone, mutation.name, flush=True)
     caught = sum(o.caught for o in outcomes)
-    head = f"# Misreadings and the second witness\n\nMade by `python -m benchmarks.witness_mutations`, peft {peft.__version__}: "
+    head = f"# Misreadings and the second witness\n\nMade by `python -m benchmarks.witness_mutations`, {versions()}: "
     RESULTS.write_text(f"{head}{caught} of {len(outcomes)} found out.\n\n{full(outcomes)}\n", encoding="utf-8")
     readme = ROOT / "README.md"
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)

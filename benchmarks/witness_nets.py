@@ -77,3 +77,28 @@ class Tied(LlamaForCausalLM):
                 max_position_embeddings=32, tie_word_embeddings=True, use_cache=False,
             )
         )  # fmt: skip
+
+
+class Pixels(nn.Module):
+    """Convolutions and square linear layers, for LyCORIS; names with underscores and numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem_1 = nn.Conv2d(4, 12, 3, padding=1)
+        self.to_q, self.to_v = nn.Linear(12, 12), nn.Linear(12, 12, bias=False)
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.stem_1(x)).flatten(2).mT
+        return self.head(self.norm(torch.tanh(self.to_q(x)) * x + self.to_v(x)).mean(1))
+
+
+def unet() -> nn.Module:
+    """The denoiser of a small diffusion model."""
+    from diffusers import UNet2DConditionModel
+
+    model: nn.Module = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16,), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=16, attention_head_dim=8,
+    )  # fmt: skip
+    return model.eval()

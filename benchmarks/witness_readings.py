@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -25,7 +26,10 @@ RANDOM: dict[str, Any] = {"init_weights": False}
 
 @dataclass(frozen=True)
 class Mutation:
-    """One misreading. configs: of the folders, one or a stack of them with ``weights``; sees: what the reader takes their config for."""
+    """One misreading. configs: of the folders, one or a stack of them with ``weights``; sees: what the reader takes their config for.
+
+    reads: writes and reads the file of another library, in place of configs.
+    """
 
     family: str
     what: str
@@ -34,6 +38,7 @@ class Mutation:
     sees: Config | None = None
     net: type[nn.Module] = Blocks
     weights: tuple[float, ...] = (1.0,)
+    reads: Callable[[Path], Checkpoint] | None = None
 
     @property
     def name(self) -> str:

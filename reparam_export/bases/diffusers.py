@@ -33,7 +33,7 @@ WEIGHTS = "diffusion_pytorch_model"
 def build(argument: str, base: Base) -> tuple[nn.Module, Signature]:
     """The model with its weights. Raises MissingBackendError without diffusers, CheckpointError, TensorMismatchError."""
     folder = Path(argument)
-    with _quiet():
+    with quiet():
         model = _laid_out(folder, base)
         state = base.tensors()
         assign(model, _stored(folder, base) if state is None else state, optional=base.replaced)
@@ -48,7 +48,7 @@ def skeleton(base: Base) -> nn.Module:
     import torch
 
     folder = Path(base.spec.partition(":")[2])
-    with _quiet():
+    with quiet():
         try:
             with torch.device("meta"):
                 return _laid_out(folder, base)
@@ -96,7 +96,7 @@ def _stored(folder: Path, base: Base) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """diffusers without its log lines and progress bars."""
     try:
         from diffusers.utils import logging as own

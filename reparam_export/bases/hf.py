@@ -65,7 +65,7 @@ def build(argument: str, base: Base) -> tuple[nn.Module, Signature]:
     and TensorMismatchError for weights that do not fit.
     """
     place, keywords = split_argument(argument)
-    with _quiet():
+    with quiet():
         folder = _file(place, "config.json", base).parent
         config, model_class, options = _configured(folder, keywords, base)
         state = base.tensors()
@@ -82,7 +82,7 @@ def skeleton(base: Base) -> nn.Module:
     import torch
 
     place, keywords = split_argument(base.spec.partition(":")[2])
-    with _quiet():
+    with quiet():
         config, model_class, _ = _configured(_file(place, "config.json", base).parent, keywords, base)
         try:
             with torch.device("meta"):
@@ -102,7 +102,7 @@ def stock(folder: Path) -> nn.Module:
     """
     import transformers
 
-    with _quiet():
+    with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
             name = next(iter(config.architectures or ()), "")
@@ -127,7 +127,7 @@ def _class_of(auto: Any, config: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without its progress bars, its log lines and its warnings about legacy files."""
     try:
         from transformers.utils.logging import (

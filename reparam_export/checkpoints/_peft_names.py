@@ -126,7 +126,7 @@ def unused_targets(config: Mapping[str, Any], adapted: Sequence[str], whole: Seq
     if not unused or not adapted:
         return ()
     return (
-        f"target_modules names {', '.join(unused)} too, which nothing in the file is called: not trained, passed over",
+        f"target_modules names {', '.join(unused)} too, which nothing in the file is called: passed over where the base has no such module",
     )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.cli._options import batch_sizes
 from reparam_export.cli._witness import witness_lines
-from reparam_export.errors import EquivalenceError, ReparamError
+from reparam_export.errors import EquivalenceError, ExportError, ReparamError
 
 if TYPE_CHECKING:
     from reparam_export.checkpoints import Checkpoint, Recipe
@@ -30,11 +30,14 @@ def fuse_stage(
     dry_run: bool = False,
     witness: str = "auto",
     verifying: bool = False,
+    targets: tuple[str, ...] = (),
+    check: Callable[[Checkpoint], None] = lambda checkpoint: None,
 ) -> None:
     """Shard by shard when the base is a Hugging Face folder and every kind can be, else in memory. Says which, and why.
 
     witness: who reads the checkpoint a second time; what is folded in memory is witnessed when it is verified, and so is what is streamed
-    where that follows (verifying) and the model fits.
+    where that follows (verifying) and the model fits. targets: what is to be exported; check: is called before anything is folded, where
+    the model fits. Both refuse what the work would end in.
     """
     from reparam_export.inspection import in_order
     from reparam_export.streaming import NotStreamableError, kernel, plan_of
@@ -42,6 +45,7 @@ def fuse_stage(
 
     kernel.prepare()
     checkpoint = recipe.read_lightly()
+    check_targets(checkpoint, targets)
     for line in in_order(checkpoint.describe()["stack"]):
         console.line(line)
     show_notes(console, checkpoint.notes)
@@ -50,6 +54,8 @@ def fuse_stage(
         try:
             plan = plan_of(checkpoint, None if recipe.dtype == "auto" else recipe.dtype)
         except NotStreamableError as reason:
+            if isinstance(reason.__cause__, ExportError) and {"safetensors", "genai"} & set(targets):
+                raise reason.__cause__ from None  # the folder that these write would be refused when all is done
             console.line(f"note: folded in memory, not shard by shard: {reason}")
             check_memory(checkpoint, str(reason))
     if plan is not None and recipe.dtype == "auto":
@@ -65,6 +71,8 @@ def fuse_stage(
         later = verifying and fits(
             plan.size, [torch_name(p.code) for s in plan.shards for _, ps in s.units for p in ps]
         )
+        if later and not dry_run:
+            check(checkpoint)
         stream_stage(
             console,
             plan,
@@ -76,11 +84,18 @@ def fuse_stage(
             witness="later" if later else witness,
         )
     elif not dry_run:
+        check(recipe.read())
         memory_stage(console, recipe, folder)
     else:
         console.line(
             f"plan: {len(checkpoint.adapters)} adapters, folded in memory into {folder / 'fused.safetensors'}; nothing was written"
         )
+
+
+def check_targets(checkpoint: Checkpoint, targets: tuple[str, ...]) -> None:
+    """Raises ExportError for a target that the base cannot be written as."""
+    if "genai" in targets and checkpoint.base is not None and not checkpoint.base.startswith("hf:"):
+        raise ExportError("the target genai needs a base that is a Hugging Face folder (hf:FOLDER)")
 
 
 def stream_stage(
@@ -111,8 +126,7 @@ def stream_stage(
         console.line(
             f"plan: {found['whole']} weights have adapters without factors and are folded as whole layers, which takes longer"
         )
-    for name in plan.created:
-        console.line(f"added: {name}, a bias that the base does not have")
+    show_created(console, plan.created)
     for name in plan.untied:
         console.line(f"untied: {name}, which was one tensor with the embeddings, is written on its own")
     for name, value in plan.corrected.items():
@@ -124,7 +138,7 @@ def stream_stage(
     with console.stage("fuse") as advance:
         record = stream(plan, folder, dtype=recipe.dtype, resume=resume, advance=advance, witness=witness)
     console.line(
-        f"fused {len(plan.checkpoint.adapters)} adapters into {len(record['changed'])} tensors: every stored entry proven"
+        f"fused {counted(plan.checkpoint, plan.model)} into {len(record['changed'])} tensors: every stored entry proven"
     )
     show_narrowed(console, record["narrowed"])
     console.line(kept_line(record["survival"]))
@@ -137,6 +151,22 @@ def show_notes(console: Console, notes: tuple[str, ...], known: tuple[str, ...] 
     for note in notes:
         if note not in known:
             console.line(f"note: {note}")
+
+
+def counted(checkpoint: Checkpoint, model: Checkpoint | None = None) -> str:
+    """How many adapters, and what is counted where a layer has more than one; model: under the names of the model, not of its files."""
+    adapters = (*checkpoint.adapters, *(model.adapters if model else ()))
+    each = any(a.expert is not None or a.rows is not None for a in adapters)
+    return f"{len(checkpoint.adapters)} adapters{', one for each matrix or block of rows,' if each else ''}"
+
+
+def show_created(console: Console, names: Sequence[str]) -> None:
+    """The biases that folding adds: by name, and the rest of many as a number."""
+    shown = names if len(names) <= SHOWN + 1 else names[:SHOWN]
+    for name in shown:
+        console.line(f"added: {name}, a bias that the base does not have")
+    if len(names) > len(shown):
+        console.line(f"added: {len(names) - len(shown)} more biases, listed in fused.json and the report")
 
 
 def show_narrowed(console: Console, names: list[str]) -> None:
@@ -158,7 +188,7 @@ def memory_stage(console: Console, recipe: Recipe, folder: Path) -> None:
         weights = fuse_weights(checkpoint, recipe.dtype, advance)
         record = save_fused(folder, checkpoint, weights, recipe.dtype)
     whole = f", {len(weights.replaced)} tensors taken whole" if weights.replaced else ""
-    console.line(f"fused {len(checkpoint.adapters)} adapters into {len(weights.changed)} tensors{whole}")
+    console.line(f"fused {counted(checkpoint)} into {len(weights.changed)} tensors{whole}")
     show_notes(console, weights.notes)
     show_narrowed(console, record["narrowed"])
     if recipe.dtype == "auto":
@@ -166,12 +196,9 @@ def memory_stage(console: Console, recipe: Recipe, folder: Path) -> None:
             f"dtype: {'each layer its own' if weights.dtype == 'auto' else f'{weights.dtype}, one for all'}: {weights.storage()}"
         )
     console.line(kept_line(survival_of(weights.kept)))
-    for name in weights.created[:SHOWN]:
-        console.line(f"added: {name}, a bias that the base does not have")
+    show_created(console, weights.created)
     for name in weights.untied:
         console.line(f"untied: {name}, which was one tensor with another, has numbers of its own")
-    if len(weights.created) > SHOWN:
-        console.line(f"added: {len(weights.created) - SHOWN} more biases, listed in fused.json and the report")
 
 
 def kept_line(survival: dict[str, Any]) -> str:
@@ -203,8 +230,6 @@ def check_memory(checkpoint: Checkpoint, reason: str) -> None:
 
 def check_model_fits(folder: Path) -> None:
     """Raises ExportError when the model of streamed weights is larger than what memory is left for the proof of its outputs."""
-    from reparam_export.errors import ExportError
-
     record = read_record(folder / "fused.json") if (folder / "fused.json").is_file() else {}
     if "weights" in record and not fits(int(record.get("bytes", 0)), record.get("storage", {})):
         needed, available = _of_proof(int(record.get("bytes", 0)), record.get("storage", {})), available_memory() or 0

@@ -61,6 +61,7 @@ def command(
     """Fuse, verify, export and report in one go; with --bench, measure too."""
     from reparam_export.folder import prepare, same_samples, witnessed
     from reparam_export.latency.rounds import Settings
+    from reparam_export.verification import check_given
 
     console, settings = console_of(as_json), Settings(max_time=seconds(max_time))
     options = {name: given.pop(name) for name in ("targets", "precision", "opset", "batch", "gpu")}
@@ -71,7 +72,16 @@ def command(
     folder = out_folder(out, recipe)
     done = prepare(folder, recipe, resume=resume, overwrite=overwrite)
     if "fused" not in done:
-        fuse_stage(console, recipe, folder, resume="begun" in done, witness=witness, verifying=True)
+        fuse_stage(
+            console,
+            recipe,
+            folder,
+            resume="begun" in done,
+            witness=witness,
+            verifying=True,
+            targets=options["targets"],
+            check=lambda checkpoint: check_given(checkpoint, inputs, expected),
+        )
     try:
         known = "proof" in done and same_samples(folder, inputs, count, seed) and witnessed(folder, witness, expected)
         model = proven(folder) if known else verify_stage(console, folder, inputs, count, seed, witness, expected)

@@ -231,6 +231,10 @@ def _layers_sentence(certificate: Certificate, replaced: object) -> str:
         return f"{plural(len(replaced), 'tensor')} taken whole from the checkpoint, nothing to fold"
     if not layers:
         return "no layer was changed"
+    experts = sum("[" in layer.module for layer in layers)  # each is a matrix of a stack, and the stack is one layer
+    if experts:
+        exactly = "exact" if exact == len(layers) else f"within the rounding bound, {exact} of them exact"
+        return f"all {len(layers)} matrices, {experts} of them of experts, {exactly}"
     if exact == len(layers):
         return f"all {plural(exact, 'layer')} exact" if exact > 1 else "the 1 layer exact"
     within = f"{plural(len(layers), 'layer')} within the rounding bound"

@@ -135,6 +135,19 @@ def verify(
     return VerifiedModel(checkpoint, weights, signature, reference, certificate)
 
 
+def check_given(checkpoint: Checkpoint, inputs: str | Path | None, expected: str | Path | None) -> None:
+    """Raises UsageError for a file of samples or of answers that is not of this base: before there is anything to prove."""
+    from reparam_export.verification.witness._code import check_answers
+
+    if inputs is None and expected is None:
+        return
+    base, signature = base_of(settled(checkpoint)).build()
+    if inputs is not None:
+        read_inputs(Path(inputs), signature)
+    if expected is not None:
+        check_answers(Path(expected), base, signature)
+
+
 def prove_weights(
     base: nn.Module,
     checkpoint: Checkpoint,

@@ -11,7 +11,7 @@ library that wrote the file reads it once more, and both readings must agree. On
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 LIMIT = 1 << 28  # entries of the layers that are compared in numbers; beyond it a seeded choice of them is
 MODES = ("auto", "required", "none")
+OTHERS = "--expected FILE.npz or --witness py:FILE.py:FUNCTION bears witness"
 
 
 class UnableError(Exception):
@@ -126,7 +127,8 @@ def _own_code(subject: Subject, wanted: str, expected: str | Path | None) -> tup
         heard.append(_code.model_of_code(subject, wanted))
     if expected is not None:
         path = Path(expected)
-        answers = _code.read_answers(path, subject)
+        assert subject.signature is not None
+        answers = _code.read_answers(path, subject.signature)
         heard.append(_code.expected_answers(subject, answers, path.name, f"sha256 {sha256(path)[:12]}"))
     recorded = _code.answers_of_checkpoint(subject.checkpoint.expected) if subject.unfused else None
     if recorded is not None and wanted != "none":
@@ -142,7 +144,14 @@ def _library(subject: Subject) -> WitnessEvidence:
                 return witness.testify(subject)
             except (MissingBackendError, UnableError) as reason:
                 return WitnessEvidence(absent=str(reason))
-    return WitnessEvidence(
-        absent=f"no library that is known here writes {subject.checkpoint.format} files; "
-        "--expected FILE.npz or --witness py:FILE.py:FUNCTION bears witness"
-    )
+    return WitnessEvidence(absent=f"{_why_none(subject.checkpoint)}; {OTHERS}")
+
+
+def _why_none(checkpoint: Checkpoint) -> str:
+    """Why no library reads this checkpoint again, in words."""
+    parts = checkpoint.members or (checkpoint,)
+    alone = [replace(part, members=(), recipe=replace(part.recipe, weight=1.0, others=())) for part in parts]
+    if all(known(part) for part in alone):
+        return "a stack or a weight is read again for peft's folders alone, and these are others"
+    formats = ", ".join(dict.fromkeys(part.format for part in alone if not known(part)))
+    return f"{formats} checkpoints are read by no library that is known here (known: {'; '.join(w.LOOKS_AT for w in _libraries())})"

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reparam_export.batches import ROWS
 from reparam_export.errors import CheckpointError, ReparamError, UsageError
 from reparam_export.files import sha256
 from reparam_export.models import Base, checked_inputs, read_arrays
@@ -22,7 +23,9 @@ from reparam_export.verification.witness import Subject, UnableError
 from reparam_export.verification.witness._whole import whole_parted
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from reparam_export.models import Signature
 
 PRECISIONS = ("float64", "float32", "bfloat16", "float16")
 Answers = tuple[dict[str, "Tensor"], dict[str, "Tensor"], str]  # inputs, answers, precision
@@ -51,16 +54,15 @@ def model_of_code(subject: Subject, spec: str) -> WitnessEvidence:
     )
 
 
-def read_answers(path: Path, subject: Subject) -> Answers:
+def read_answers(path: Path, signature: Signature) -> Answers:
     """Inputs and answers of an ``.npz`` file. Raises UsageError for anything that the base's signature does not know."""
     import numpy as np
     import torch
 
-    assert subject.signature is not None
     arrays = read_arrays(path, None)
     precision = str(arrays.pop("dtype", "")).removeprefix("torch.")
-    outputs = set(subject.signature.outputs)
-    inputs = {i.name for i in subject.signature.inputs}
+    outputs = set(signature.outputs)
+    inputs = {i.name for i in signature.inputs}
     answers = {
         n.removeprefix("output:"): a for n, a in arrays.items() if n.startswith("output:") or n in outputs - inputs
     }
@@ -80,7 +82,27 @@ def read_answers(path: Path, subject: Subject) -> Answers:
         raise UsageError(f"expected answers {path}: dtype {precision!r}: expected one of {', '.join(PRECISIONS)}")
     precision = max(precision, *stored, key=roundoff)  # what is stored in fewer bits has no more than these
     tensors = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in answers.items()}
-    return checked_inputs(path, given, subject.signature), tensors, precision
+    return checked_inputs(path, given, signature), tensors, precision
+
+
+def check_answers(path: Path, base: nn.Module, signature: Signature) -> None:
+    """Raises UsageError for an ``.npz`` file whose names or shapes are not those of this base, by one run of it on the first sample."""
+    import torch
+
+    inputs, answers, _ = read_answers(path, signature)
+    samples = len(next(iter(inputs.values())))
+    first = {name: tensor[:1] for name, tensor in inputs.items()}
+    dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    found = dict(zip(signature.outputs, run(base, signature, first, dtype), strict=True))
+    for name, answer in _under_our_names(answers, signature.outputs).items():
+        shape = list(found[name].shape)
+        for axis, count in signature.axes.get(name, ROWS):
+            shape[axis] = count * samples
+        if list(answer.shape) != shape:
+            raise UsageError(
+                f"expected answers {path}: {name} has shape {tuple(answer.shape)}; expected {tuple(shape)}, as the base answers to "
+                f"{samples} samples"
+            )
 
 
 def expected_answers(subject: Subject, answers: Answers, who: str, version: str) -> WitnessEvidence:

@@ -31,6 +31,11 @@ class Read:
     model: nn.Module
     version: str
     renamed: bool = False  # from a copy of the folder under the base's own names
+    who: str = "peft"  # whose loader it was; the layers are peft's
+
+    @property
+    def said(self) -> str:
+        return f"{self.who} {self.version}"
 
     def own_tensors(self) -> dict[str, Tensor]:
         """The tensors of peft's model under the base's own names, where peft put the checkpoint's in place of the base's."""
@@ -43,7 +48,7 @@ class Read:
 
 
 def loaded(checkpoint: Checkpoint, fresh: Callable[[], nn.Module], *, skeleton: bool = False) -> Read:
-    """What ``PeftModel.from_pretrained`` makes of the folder. Raises MissingBackendError, UnableError.
+    """What ``PeftModel.from_pretrained`` makes of a folder, peft's model of a state dict. Raises MissingBackendError, UnableError.
 
     skeleton: the base has the dtypes that it is to have; a cast would give its weights of zeros their full size.
     """
@@ -51,7 +56,10 @@ def loaded(checkpoint: Checkpoint, fresh: Callable[[], nn.Module], *, skeleton: 
 
     peft = import_peft()
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    if not any((folder / name).is_file() for name in WEIGHTS) or not (folder / "adapter_config.json").is_file():
+    state = checkpoint.format == "peft_state"
+    if not state and (
+        not any((folder / name).is_file() for name in WEIGHTS) or not (folder / "adapter_config.json").is_file()
+    ):
         raise UnableError(f"{folder} does not hold {WEIGHTS[0]} and adapter_config.json, as peft loads them")
     probed = any(adapter.kind == "probed" for adapter in checkpoint.adapters)
     attempts = ("as it is stored",) if probed or skeleton else ("float64", "as it is stored")
@@ -59,19 +67,37 @@ def loaded(checkpoint: Checkpoint, fresh: Callable[[], nn.Module], *, skeleton: 
     for attempt in attempts:
         base = fresh()
         _resize(base, checkpoint)
-        check_patterns_of(folder, base)
-        file = next(folder / name for name in WEIGHTS if (folder / name).is_file())
+        base = base.double() if attempt == "float64" else base
         try:
-            with quiet(), offline(), under_base_names(checkpoint, folder, file) as (place, renamed):
-                known = (*checkpoint.dropped, *_written_twice(file))
-                model = _load(peft, base.double() if attempt == "float64" else base, place, known)
+            with quiet(), offline():
+                load = _of_state if state else _of_folder
+                model, renamed = load(peft, checkpoint, base, folder, skeleton=skeleton)
             return Read(model if skeleton else model.double(), str(peft.__version__), renamed)
         except UnableError:
             raise
         except Exception as error:  # of another library on a damaged or foreign folder: many types, one meaning
             failure = failure or error
     assert failure is not None
-    raise UnableError(f"peft {peft.__version__} cannot load {folder} on this base: {first_line(failure)}") from failure
+    raise UnableError(
+        f"peft {peft.__version__} cannot load {checkpoint.path if state else folder} on this base: {first_line(failure)}"
+    ) from failure
+
+
+def _of_folder(
+    peft: Any, checkpoint: Checkpoint, base: nn.Module, folder: Path, *, skeleton: bool
+) -> tuple[nn.Module, bool]:
+    check_patterns_of(folder, base)
+    file = next(folder / name for name in WEIGHTS if (folder / name).is_file())
+    with under_base_names(checkpoint, folder, file) as (place, renamed):
+        return _load(peft, base, place, (*checkpoint.dropped, *_written_twice(file))), renamed
+
+
+def _of_state(
+    peft: Any, checkpoint: Checkpoint, base: nn.Module, folder: Path, *, skeleton: bool
+) -> tuple[nn.Module, bool]:
+    from reparam_export.verification.witness._peft_state import state_loaded
+
+    return state_loaded(peft, checkpoint, base, skeleton=skeleton)
 
 
 def _resize(base: Any, checkpoint: Checkpoint) -> None:

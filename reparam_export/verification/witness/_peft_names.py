@@ -32,7 +32,7 @@ def under_base_names(checkpoint: Checkpoint, folder: Path, file: Path) -> Iterat
         else flat_tensors(file, load_pickle(file))
     )
     spelled = checkpoint.spelled
-    tensors = {_name(name, spelled): tensor for name, tensor in unwrapped(content, file).items()}
+    tensors = {name_in_base(name, spelled): tensor for name, tensor in unwrapped(content, file).items()}
     if list(tensors) == list(content):
         yield folder, False
         return
@@ -42,11 +42,11 @@ def under_base_names(checkpoint: Checkpoint, folder: Path, file: Path) -> Iterat
         copy = Path(place)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, copy / "adapter_model.safetensors")
         config = read_json(folder / "adapter_config.json")
-        (copy / "adapter_config.json").write_text(json.dumps(_config(config, checkpoint) if spelled else config))
+        (copy / "adapter_config.json").write_text(json.dumps(config_of_base(config, checkpoint)))
         yield copy, True
 
 
-def _name(name: str, spelled: Mapping[str, str]) -> str:
+def name_in_base(name: str, spelled: Mapping[str, str]) -> str:
     """A tensor's name with its module as the base calls it."""
     inner = name.removeprefix(PREFIX)
     parts = inner.split(".")
@@ -57,8 +57,10 @@ def _name(name: str, spelled: Mapping[str, str]) -> str:
     return name
 
 
-def _config(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+def config_of_base(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     """The configuration that means the same modules by the base's names, each named in full."""
+    if not checkpoint.spelled:
+        return dict(config)
     from peft.utils.other import get_pattern_key
 
     files = {base: name for name, base in checkpoint.spelled.items()}
@@ -66,6 +68,12 @@ def _config(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]
     made = {k: v for k, v in config.items() if k not in ("layers_to_transform", "layers_pattern", "exclude_modules")}
     if made.get("target_modules"):
         made["target_modules"] = adapted
+    if isinstance(made.get("feedforward_modules"), list):  # of (IA)^3: by the ends of names, as peft has it
+        ends = tuple(made["feedforward_modules"])
+        own = {base: files.get(base, base) for base in adapted}
+        made["feedforward_modules"] = [
+            b for b, f in own.items() if f in ends or f.endswith(tuple(f".{e}" for e in ends))
+        ]
     for setting, patterns in config.items():
         if setting.endswith("_pattern") and isinstance(patterns, dict):
             keys = {base: get_pattern_key(list(patterns), files.get(base, base)) for base in adapted}

@@ -38,7 +38,7 @@ def testify_of_stack(subject: Subject) -> WitnessEvidence:
         alone = [replace(adapter, weight=1.0) for adapter in member.adapters]
         _add(found, compare_layers(read, replace(subject, checkpoint=member, layer=_layers(before, member)), alone))
         version, model = read.version, plain(read, before, weight)
-    return found.evidence(model, subject, version)
+    return found.evidence(Read(model, version), subject)
 
 
 def in_order(checkpoint: Checkpoint) -> list[tuple[Checkpoint, float]]:

@@ -9,11 +9,12 @@ Which module a name means is found here once more: the dots of the module's name
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.checkpoints import Checkpoint
+from reparam_export.checkpoints._folder import weights_file
 from reparam_export.errors import MissingBackendError
 from reparam_export.models import first_line
 from reparam_export.state import load_state
@@ -42,7 +43,7 @@ def testify(subject: Subject) -> WitnessEvidence:
             "LyCORIS' modules need the numbers of the base; they bear witness when the whole model is verified"
         )
     model = subject.fresh().double()
-    theirs = _applied(package, load_state(subject.checkpoint.path), model)
+    theirs = _applied(package, _state(subject.checkpoint), model)
     ours = {a.module for a in subject.checkpoint.adapters}
     differences = [f"{name}: we adapt it, LyCORIS does not" for name in sorted(ours - set(theirs))]
     differences += [
@@ -76,6 +77,13 @@ def testify(subject: Subject) -> WitnessEvidence:
     )
 
 
+def _state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The file's tensors, those of the one model that was chosen of several, without what was dropped by name."""
+    part = f"lora_{checkpoint.settings['part']}_" if "part" in checkpoint.settings else ""
+    state = load_state(weights_file(checkpoint.path))
+    return {n: t for n, t in state.items() if n.startswith(part) and n not in checkpoint.dropped}
+
+
 def _import() -> Any:
     try:
         import lycoris.modules
@@ -97,17 +105,40 @@ def _version() -> str:
 
 def _applied(package: Any, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """LyCORIS' modules by the base's names; the model answers with them from now on. Raises UnableError."""
-    named: dict[str, list[str]] = {}
-    for name, _ in model.named_modules():
-        named.setdefault(name.replace(".", "_"), []).append(name)
     found = {}
-    for stem in dict.fromkeys(key.partition(".")[0] for key in state):
-        names = [n for p in PREFIXES if stem.startswith(p) for n in named.get(stem.removeprefix(p), ())]
-        if len(set(names)) != 1:
-            raise UnableError(f"LyCORIS' own name {stem} is that of {len(set(names)) or 'no'} modules of the base")
-        part = model.get_submodule(names[0])
-        found[names[0]] = _module(package, state, stem, part)
+    for stem, name in _modules(list(dict.fromkeys(key.partition(".")[0] for key in state)), model).items():
+        found[name] = _module(package, state, stem, model.get_submodule(name))
     return found
+
+
+def _modules(stems: Sequence[str], model: nn.Module) -> dict[str, str]:
+    """The base's module of each of LyCORIS' names. Raises UnableError.
+
+    The names of one prefix are those of one model: the base itself, or one that stands in it under some attribute.
+    """
+    models: dict[str, list[str]] = {}
+    for stem in stems:
+        models.setdefault(max((p for p in PREFIXES if stem.startswith(p)), key=len, default=""), []).append(stem)
+    found: dict[str, str] = {}
+    for prefix, own in models.items():
+        rests = {stem: stem.removeprefix(prefix) for stem in own}
+        places = [_inside(inner, name, rests) for name, inner in model.named_modules()]
+        fits = [place for place in places if place is not None]
+        fits = fits[:1] if places[0] is not None else fits  # LyCORIS' own way: around the model itself
+        if len(fits) != 1:
+            raise UnableError(f"LyCORIS' own names {own[0]}, ... are those of {len(fits) or 'no'} models in the base")
+        found |= fits[0]
+    return found
+
+
+def _inside(inner: nn.Module, at: str, rests: Mapping[str, str]) -> dict[str, str] | None:
+    """The names by which one of the base's parts has every one of these; None where it has not, or has two of one name."""
+    named: dict[str, list[str]] = {}
+    for name, _ in inner.named_modules():
+        named.setdefault(name.replace(".", "_"), []).append(f"{at}.{name}".removeprefix("."))
+    if any(len(named.get(rest, ())) != 1 for rest in rests.values()):
+        return None
+    return {stem: named[rest][0] for stem, rest in rests.items()}
 
 
 def _module(package: Any, state: Mapping[str, Any], stem: str, part: nn.Module) -> Any:

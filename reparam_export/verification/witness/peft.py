@@ -28,11 +28,11 @@ from reparam_export.verification.witness._whole import whole_parted
 if TYPE_CHECKING:
     from torch import nn
 
-LOOKS_AT = "folders that peft wrote (adapter_config.json)"
+LOOKS_AT = "folders that peft wrote (adapter_config.json), and state dicts of its models"
 
 
 def accepts(checkpoint: Checkpoint) -> bool:
-    """A folder of peft, or a stack of such."""
+    """A folder of peft, a state dict of a model with its layers, or a stack of such."""
     parts = checkpoint.members or (checkpoint,)
     return all(part.format.startswith("peft_") for part in parts)
 
@@ -46,7 +46,7 @@ def testify(subject: Subject) -> WitnessEvidence:
         return testify_of_stack(subject)
     read = loaded(checkpoint, subject.fresh, skeleton=subject.numbers is not None)
     found = compare_layers(read, subject, checkpoint.adapters)
-    return found.evidence(read.model, subject, read.version)
+    return found.evidence(read, subject)
 
 
 @dataclass
@@ -60,12 +60,12 @@ class Found:
     differences: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def evidence(self, model: nn.Module, subject: Subject, version: str) -> WitnessEvidence:
-        """The same with the outputs of peft's whole model beside it."""
-        whole = whole_parted(model, subject, f"peft {version}")
+    def evidence(self, read: Read, subject: Subject) -> WitnessEvidence:
+        """The same with the outputs of the whole model beside it."""
+        whole = whole_parted(read.model, subject, read.said)
         return WitnessEvidence(
-            who="peft",
-            version=version,
+            who=read.who,
+            version=read.version,
             settings=self.settings,
             layers=self.tried,
             of_layers=self.layers,
@@ -89,19 +89,17 @@ def compare_layers(read: Read, subject: Subject, adapters: Sequence[Adapter]) ->
     claimed = {id(a) for own in ours.values() for a in own}
     for adapter in adapters:
         if id(adapter) not in claimed:
-            found.differences.append(f"{adapter.site}: we adapt it, peft {read.version} does not")
+            found.differences.append(f"{adapter.site}: we adapt it, {read.said} does not")
     for name, own in ours.items():
         if not own and not any(below(tensor, name) for tensor in replaced):
-            found.differences.append(
-                f"{name}: peft {read.version} adapts it ({type(layers[name]).__name__}), we do not"
-            )
+            found.differences.append(f"{name}: {read.said} adapts it ({type(layers[name]).__name__}), we do not")
     mine = {name: own for name, own in ours.items() if not any(a.kind == "probed" for a in own)}
     if len(mine) < len(ours):
         found.notes.append(
             f"{len(ours) - len(mine)} layers are peft's own, probed: only the whole model bears witness for them"
         )
     for name, own in mine.items():
-        found.differences += settings_parted(name, layers[name], own, subject.layer(name), f"peft {read.version}")
+        found.differences += settings_parted(name, layers[name], own, subject.layer(name), read.said)
     found.settings = found.layers = len(mine)
     _compare_numbers(found, read, subject, mine)
     _compare_whole_tensors(found, read, subject.checkpoint)
@@ -113,11 +111,11 @@ def _compare_numbers(found: Found, read: Read, subject: Subject, ours: Mapping[s
     for name in kept:
         parted = _number(name, read.model.get_submodule(name), read, subject, ours[name])
         found.tried += parted is not None
-        _note_number(found, name, parted or 0.0, read.version)
+        _note_number(found, name, parted or 0.0, read.said)
     apart = [] if subject.numbers is None else [name for name in ours if name not in subject.numbers]
     alone = {name: adapter_alone(read.model.get_submodule(name), ours[name], subject.seed) for name in apart}
     for name, parted in alone.items():
-        _note_number(found, name, parted or 0.0, read.version)
+        _note_number(found, name, parted or 0.0, read.said)
     said = sum(parted is not None for parted in alone.values())
     if said:
         found.notes.append(
@@ -125,11 +123,11 @@ def _compare_numbers(found: Found, read: Read, subject: Subject, ours: Mapping[s
         )
 
 
-def _note_number(found: Found, name: str, parted: float, version: str) -> None:
+def _note_number(found: Found, name: str, parted: float, who: str) -> None:
     found.error = max(found.error, parted)
     if not parted <= BOUND:
         found.differences.append(
-            f"{name}: the answers of peft {version}'s layer and ours differ by {parted:.2g} of what the adapter does there "
+            f"{name}: the answers of {who}'s layer and ours differ by {parted:.2g} of what the adapter does there "
             f"(at most {BOUND:g} is rounding)"
         )
 
@@ -183,7 +181,7 @@ def _compare_whole_tensors(found: Found, read: Read, checkpoint: Checkpoint) -> 
         other = theirs.get(name)
         if other is None or (not other.is_meta and not torch.equal(other.double(), torch.as_tensor(tensor).double())):
             says = "has no such tensor" if other is None else "has other numbers there"
-            found.differences.append(f"{name}: we take it whole from the file, peft {read.version} {says}")
+            found.differences.append(f"{name}: we take it whole from the file, {read.said} {says}")
 
 
 __all__ = ["LOOKS_AT", "UnableError", "accepts", "testify"]
