@@ -27,8 +27,8 @@ def checked(path: Path, stated: Mapping[str, Any], of_config: Callable[[Any], Ma
             if name in stated and own is not None and stated[name] != own:
                 given = stated[name] if isinstance(stated[name], str) else f"{stated[name]:g}"
                 raise UsageError(
-                    f"{path}: --set {name}={given}, and the base's own configuration (model_type {config.model_type}) says {own}, so that "
-                    f"the file's rows would be taken for others; pass --set {name}={own}, or the base that it was trained on"
+                    f"{path}: {name} is {given} as stated, and the base's configuration (model_type {config.model_type}) says {own}, so "
+                    f"that the file's rows would be taken for others; pass --set {name}={own}, or the base that it was trained on"
                 )
         return adapters
 

@@ -64,13 +64,13 @@ def read(source: Source) -> Parts:
         )
     part, tensors, notes = _part(source)
     tensors = renamed_once(tensors, partial(_today, text=part.startswith("text_encoder")), source.path)
-    alphas = {name.removesuffix(".alpha"): float(t) for name, t in tensors.items() if name.endswith(".alpha")}
+    own = {name.removesuffix(".alpha"): t for name, t in tensors.items() if name.endswith(".alpha")}
     tensors = {PREFIX + name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
     config = _configuration(source, part)
     if config is None:
-        config = _alphas(source, tensors, alphas)
+        config = _alphas(source, tensors, {name: float(t) for name, t in own.items()})
     else:
-        _check_alphas(source, tensors, config, alphas)
+        _check_alphas(source, tensors, config, own)
     inner = replace(source, tensors=tensors, config={"peft_type": "LORA"} | config)
     parts = reader_of(inner).read(inner)
     return replace(parts, notes=(*notes, *parts.notes))
@@ -122,7 +122,7 @@ def _configuration(source: Source, part: str) -> dict[str, Any] | None:
 
 
 def _check_alphas(
-    source: Source, tensors: Mapping[str, Tensor], config: Mapping[str, Any], alphas: Mapping[str, float]
+    source: Source, tensors: Mapping[str, Tensor], config: Mapping[str, Any], alphas: Mapping[str, Tensor]
 ) -> None:
     """Raises CheckpointError where the alpha of a module in the file is not that of the configuration in the header.
 
@@ -133,10 +133,10 @@ def _check_alphas(
         said = next((own for key, own in patterns.items() if of_pattern(key, module)), config.get("lora_alpha"))
         if f"{PREFIX}{module}.lora_A.weight" not in tensors:
             raise CheckpointError(f"{source.path}: {module}.alpha is alpha of a module without LoRA in the file")
-        if said is None or float(said) != alpha:
+        if said is None or float(alpha * 0 + float(said)) != float(alpha):  # rounded as the file's is
             raise CheckpointError(
-                f"{source.path}: {module}.alpha is {alpha:g}, and {METADATA} in the header says {str(said)[:80]} for it: one of the two is "
-                "not what was trained; take it out of the file"
+                f"{source.path}: {module}.alpha is {float(alpha):g}, and {METADATA} in the header says {str(said)[:80]} for it: one of "
+                "them is not what was trained; take it out of the file"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,11 @@ def test_alphas_of_single_modules_that_contradict_the_header_are_refused(tmp_pat
     alphas = {f"{m}.alpha": torch.tensor(3.0 if m.endswith("attn1.to_q") else float(ALPHA)) for m in modules}
     save_file(state | alphas, tmp_path / "alike.safetensors", header)
     assert error(rx.read(tmp_path / "alike.safetensors", **base(tmp_path)), unet) < 5e-6
+    metadata = json.loads(header["lora_adapter_metadata"])
+    other = json.dumps(metadata | {"unet.lora_alpha": 0.1, "unet.alpha_pattern": {}})
+    tenths = {name: torch.tensor(0.1, dtype=torch.float16) for name in alphas}  # not 0.1 to the last bit
+    save_file(state | tenths, tmp_path / "tenths.safetensors", {"lora_adapter_metadata": other})
+    assert rx.read(tmp_path / "tenths.safetensors").adapters[0].params.scale == 0.1 / RANK
     q = next(m for m in modules if m.endswith("attn1.to_q"))
     for wrong, said in (({f"{q}.alpha": torch.tensor(float(ALPHA))}, f"alpha is {ALPHA}, .* says 3"),
                         ({"unet.x.alpha": torch.tensor(1.0)}, "without LoRA")):  # fmt: skip
