@@ -8,7 +8,6 @@ assign(module, state, optional=...)    into the module; nothing missing, left ov
 from __future__ import annotations
 
 import hashlib
-import warnings
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -19,13 +18,13 @@ from reparam_export.files import load_pickle, load_safetensors, plain_tensors, s
 from reparam_export.names.constants import CONSTANTS as CONSTANTS
 from reparam_export.names.constants import is_constant as is_constant
 from reparam_export.names.once import once
+from reparam_export.torchscript import DAMAGED, is_torch_script, load_torch_script
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".tar", ".ckpt")
-CODE = 1 << 26  # bytes of one file of code in a TorchScript archive
 UNPACKED = 50  # times the size of an .npz file: weights do not shrink so far
 
 
@@ -33,8 +32,8 @@ def load_state(path: Path | str, entry: str | None = None) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors``, ``.pt``/``.pth``/``.bin``/``.tar``/``.ckpt``, TorchScript or ``.npz`` file, by name.
 
     They keep their dtype and shape and are memory-mapped where the format allows. Pickles are read with
-    ``weights_only=True``, so a file cannot run code. Of what a training script saved, the only state dict in it is taken, or the one of
-    that entry where there are several (a moving average beside the weights).
+    ``weights_only=True``, and TorchScript archives without their code, so a file cannot run any. Of what a training script saved, the
+    only state dict in it is taken, or the one of that entry where there are several (a moving average beside the weights).
     Raises CheckpointError for a missing, truncated or unknown file and for one without weights, MissingSettingError for several models.
     """
     path = Path(path)
@@ -46,7 +45,7 @@ def load_state(path: Path | str, entry: str | None = None) -> dict[str, Tensor]:
     if path.suffix == ".npz":
         return _npz(path)
     if path.suffix in TORCH_SUFFIXES:
-        return _torch_script(path) if _is_torch_script(path) else _tensors(path, load_pickle(path), entry)
+        return _torch_script(path) if is_torch_script(path) else _tensors(path, load_pickle(path), entry)
     raise CheckpointError(
         f"weights {path}: expected a file that ends in .safetensors, .npz, {', '.join(TORCH_SUFFIXES)}; found "
         f"{path.suffix or 'no suffix'!r}; convert it to .safetensors"
@@ -105,44 +104,11 @@ def _check_unpacked(path: Path) -> None:
         raise ValueError(f"it unpacks to {size:,} bytes")
 
 
-def _is_torch_script(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _refuse_code(path: Path) -> None:
-    """Raises CheckpointError for an archive that runs something when it is loaded: a ``__setstate__`` of its own, or a C++ class."""
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            name = entry.filename
-            if "/data/" in name or ("/constants/" in name and not name.endswith(".pkl")):
-                continue  # numbers
-            if entry.file_size > CODE:
-                raise CheckpointError(f"weights {path}: {name} unpacks to {entry.file_size:,} bytes of code")
-            text = archive.read(name)
-            found = next((word for word in (b"__setstate__", b"torch.classes") if word in text), None)
-            if found:
-                raise CheckpointError(
-                    f"weights {path}: this TorchScript archive runs code of its own when it is loaded ({found.decode()} in {name}); "
-                    "save its state_dict with torch.save, or as .safetensors"
-                )
-
-
 def _torch_script(path: Path) -> dict[str, Tensor]:
-    import torch
-
     try:
-        _refuse_code(path)
-        with warnings.catch_warnings():
-            for category in (DeprecationWarning, FutureWarning):
-                warnings.filterwarnings("ignore", message=r".*torch\.jit.*", category=category)
-            archive: Any = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
-            state: dict[str, Tensor] = dict(archive.state_dict())
-    except (RuntimeError, OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        return load_torch_script(path)
+    except DAMAGED as error:
         raise _unreadable(path, "a whole TorchScript archive", error) from error
-    return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def _tensors(path: Path, content: Any, entry: str | None) -> dict[str, Tensor]:

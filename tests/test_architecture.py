@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 # fmt: off
 ORDER = [  # a room imports itself and what stands before it; nobody imports training
     "errors", "calls", "batches", "affine", "float64", "plugins", "names", "files", "refuted", "adapters", "modules", "checkpoints",
-    "rounding", "subclasses", "layouts", "state", "fit", "naming", "ties",
+    "rounding", "subclasses", "layouts", "torchscript", "state", "fit", "naming", "ties",
     "models", "bases", "hf_folder", "tokenizer", "assembly", "training", "fusion", "verification", "analysis", "streaming", "folder",
     "exporters", "latency", "comparison", "report", "console", "inspection", "cli", "pytest_plugin", "__main__",
 ]
