@@ -68,11 +68,12 @@ def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights, dtyp
     return found
 
 
-def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
+def load_fused(folder: Path, *, base: str | None = None) -> tuple[Checkpoint, FusedWeights]:
     """Read the checkpoint again and the fused weights as they are on disk.
 
+    base: of a folder that was made on a ``py:`` base that base, from whoever calls: a folder may come from anywhere and names no code.
     Raises CheckpointError when the folder holds none, or when the checkpoint or its base changed since; EquivalenceError when streamed
-    weights are not the ones that were proven when they were written, or were refuted since.
+    weights are not the ones that were proven when they were written, or were refuted since; UsageError for code that only it names.
     """
     from reparam_export.fusion import FusedWeights
     from reparam_export.names.conversions import gathered
@@ -85,6 +86,7 @@ def load_fused(folder: Path) -> tuple[Checkpoint, FusedWeights]:
         raise CheckpointError(f"{folder}: holds no {FUSED}; run `reparam-export fuse CHECKPOINT -o {folder}` first")
     content = read_json(folder / FUSED)
     recipe = recipe_of(content)
+    check_code(folder, recipe, base)
     digests = content.get("digests")
     if not isinstance(digests, dict):
         raise CheckpointError(f"{folder / FUSED}: damaged (no digests); run fuse again")
@@ -164,6 +166,22 @@ def recipe_of(content: Mapping[str, Any]) -> Recipe:
         raise CheckpointError(f"{FUSED}: damaged ({error!r}); run fuse again") from error
 
 
+def check_code(folder: Path, recipe: Recipe, base: str | None) -> None:
+    """Raises UsageError where the folder was made on a base that is code, and the caller does not name the same."""
+    for own in (recipe, *recipe.others):
+        if isinstance(own.base, str) and own.base.startswith("py:") and not (base and same_code(base, own.base)):
+            given = f"--base {base} is another" if base else "a folder does not name code to run"
+            raise UsageError(
+                f"{folder}: was made on {own.base}, which is code, and {given}; if it is yours, say it again: --base {own.base}"
+            )
+
+
+def same_code(one: str, other: str) -> bool:
+    """Do two ``py:`` specs name one function of one file?"""
+    places = [spec.removeprefix("py:").rpartition(":") for spec in (one, other)]
+    return one.startswith("py:") and len({(Path(file).resolve(), function) for file, _, function in places}) == 1
+
+
 def save_proof(folder: Path, certificate: Certificate, model: VerifiedModel | None) -> None:
     """Write ``verification.json``, and the reference outputs that artefacts are compared with."""
     extra: dict[str, Any] = {}
@@ -200,9 +218,10 @@ def save_evidence(folder: Path, model: VerifiedModel) -> None:
         save_proof(folder, model.certificate, model)
 
 
-def load_proof(folder: Path, *, again: bool = True) -> VerifiedModel:
+def load_proof(folder: Path, *, again: bool = True, base: str | None = None) -> VerifiedModel:
     """The verified model of an output folder. Raises EquivalenceError when the proof failed or belongs to other weights.
 
+    base: see ``load_fused``.
     again: prove the weights once more, since files may change; needed before anything is made that claims to be proven.
     """
     import numpy as np
@@ -213,7 +232,7 @@ def load_proof(folder: Path, *, again: bool = True) -> VerifiedModel:
     from reparam_export.verification.certificate import from_json
     from reparam_export.verification.outputs import Reference
 
-    checkpoint, weights = load_fused(folder)
+    checkpoint, weights = load_fused(folder, base=base)
     if not (folder / PROOF).is_file():
         raise CheckpointError(f"{folder}: holds no {PROOF}; run `reparam-export verify {folder}` first")
     content = read_json(folder / PROOF)

@@ -58,7 +58,7 @@ def settings_of(options: Mapping[str, Any]) -> tuple[dict[str, Any], Settings]:
 
 
 def bench_stage(console: Console, folder: Path, precision: str | None, settings: Settings, **given: Any) -> Measurement:
-    """Measure, write ``latency.json`` and show what was found. given: batches and runners of ``bench``."""
+    """Measure, write ``latency.json`` and show what was found. given: base, batches and runners of ``bench``."""
     from reparam_export import bench
 
     with console.stage("bench") as advance:

@@ -136,6 +136,9 @@ AGAIN = stack(
     click.option("--overwrite", is_flag=True, help="Start anew in a folder that reparam-export made."),
 )
 FOLDER = click.argument("folder", type=click.Path(path_type=Path))
+CODE = click.option(
+    "--base", metavar="SPEC", help="Of a folder that was made on a py: base, that base: a folder names no code to run."
+)
 
 
 def recipe_of_call(

@@ -270,7 +270,9 @@ def verify_stage(
     seed: int,
     witness: str = "auto",
     expected: Path | None = None,
+    base: str | None = None,
 ) -> VerifiedModel:
+    """Prove the folder's weights, and write the proof. base: of a folder that was made on a ``py:`` base, that base."""
     from reparam_export import verify as prove
     from reparam_export.folder import load_fused, save_proof
     from reparam_export.refuted import on_trial
@@ -279,7 +281,7 @@ def verify_stage(
 
     check_model_fits(folder)
     with console.stage("verify") as advance, on_trial(folder):
-        checkpoint, weights = load_fused(folder)
+        checkpoint, weights = load_fused(folder, base=base)
         try:
             model = prove(
                 checkpoint, weights, inputs, count=count, seed=seed, advance=advance, witness=witness, expected=expected
@@ -300,14 +302,14 @@ def verify_stage(
     return model
 
 
-def proven(folder: Path) -> VerifiedModel:
+def proven(folder: Path, base: str | None = None) -> VerifiedModel:
     """The verified model of a folder, its weights proven once more. Raises EquivalenceError, and sets aside what is not proven."""
     from reparam_export.folder import load_proof
     from reparam_export.refuted import check_none, on_trial
 
     check_none(folder)
     with on_trial(folder):
-        return load_proof(folder)
+        return load_proof(folder, base=base)
 
 
 def export_stage(

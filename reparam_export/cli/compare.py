@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from reparam_export.cli._latency import MEASURE, gate, settings_of, show, watched
-from reparam_export.cli._options import JSON
+from reparam_export.cli._options import CODE, JSON
 from reparam_export.cli._stages import console_of
 from reparam_export.errors import EquivalenceError, UsageError
 
@@ -33,10 +33,18 @@ SHOWN = 20
 @click.option(
     "--fail-on", type=click.Choice(PARTS), multiple=True, help="Exit 1 if this differs (latency: B costs more)."
 )
+@CODE
 @MEASURE
 @JSON
 def command(
-    a: Path, b: Path, inputs: Path | None, no_latency: bool, fail_on: tuple[str, ...], as_json: bool, **options: Any
+    a: Path,
+    b: Path,
+    inputs: Path | None,
+    no_latency: bool,
+    fail_on: tuple[str, ...],
+    base: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Say what changed from A to B, two output folders, ONNX files or engines: weights, outputs, graph, latency."""
     from reparam_export import compare
@@ -50,7 +58,14 @@ def command(
     with console.stage("compare") as advance:
         latency = not no_latency
         found = compare(
-            a, b, inputs=inputs, latency=latency, settings=settings, progress=watched(advance, settings), **given
+            a,
+            b,
+            inputs=inputs,
+            latency=latency,
+            settings=settings,
+            progress=watched(advance, settings),
+            base=base,
+            **given,
         )
     _show(console, found)
     console.result({**_plain(found), "changed": found.changed})

@@ -84,9 +84,14 @@ def command(
         )
     try:
         known = "proof" in done and same_samples(folder, inputs, count, seed) and witnessed(folder, witness, expected)
-        model = proven(folder) if known else verify_stage(console, folder, inputs, count, seed, witness, expected)
+        code = recipe.base
+        model = (
+            proven(folder, code)
+            if known
+            else verify_stage(console, folder, inputs, count, seed, witness, expected, code)
+        )
         artifacts = export_stage(console, model, folder, **options)
-        found = bench_stage(console, folder, options["precision"], settings) if bench else None
+        found = bench_stage(console, folder, options["precision"], settings, base=code) if bench else None
     finally:
         if (folder / "fused.json").is_file():
             written = report_stage(console, folder)

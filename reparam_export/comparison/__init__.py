@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.comparison.sides import Side, answers, refused, samples_for, side
-from reparam_export.files import sha256
+from reparam_export.errors import UsageError
+from reparam_export.files import read_json, sha256
 from reparam_export.latency import BATCHES, check, measurement
 from reparam_export.latency.measurement import Contest, Measurement
 from reparam_export.latency.rounds import Models, Progress, Settings
@@ -95,11 +96,12 @@ def compare(
     settings: Settings | None = None,
     latency: bool = True,
     progress: Progress | None = None,
+    base: str | None = None,
 ) -> Comparison:
     """Compare two output folders, ONNX files or engines.
 
     inputs: .npz by input name, or .npy of the one input; None: the samples of A's proof, else random ones. latency: measure it too;
-    batches, runners, settings and progress are those of ``bench``. Raises UsageError for what is neither, ExportError when a file
+    batches, runners, settings, progress and base are those of ``bench``. Raises UsageError for what is neither, ExportError when a file
     cannot be read.
     """
     from reparam_export.exporters.onnx import differences
@@ -118,9 +120,11 @@ def compare(
         samples = samples_for(left, inputs)
         outputs = _outputs(left, right, samples, notes, engines=engines)
         if latency and outputs:
+            modules = _modules(left, right, base, notes)
             measured = _latency(
-                (left, right), samples, batches, runners, settings=settings or Settings(), progress=progress
-            )
+                (left, right), samples, batches, runners, settings=settings or Settings(), progress=progress,
+                modules=modules, code=base,
+            )  # fmt: skip
     else:
         notes.append("outputs and latency need an ONNX file on both sides, or a GPU for two engines")
     return Comparison(str(a), str(b), tensors, weights, outputs, graph, nodes, measured, tuple(notes))
@@ -218,20 +222,37 @@ def _latency(
     *,
     settings: Settings,
     progress: Progress | None,
+    modules: dict[str, tuple[str, str]],
+    code: str | None,
 ) -> Measurement:
     import numpy as np
 
     check(batches, runners, settings)
     contest = Contest("A", "A again", "B")
     sides = {"A": both[0], "A again": both[0], "B": both[1]}
-    modules = {m: (str(s.path.resolve()), "fused") for m, s in sides.items()} if all(s.folder for s in both) else {}
     files = {m: s.onnx for m, s in sides.items() if s.onnx is not None}
     engines = {m: s.engine for m, s in sides.items() if s.engine is not None}
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Path(scratch) / "inputs.npz"
         np.savez(inputs, **samples)  # type: ignore[arg-type]
-        models = Models(contest, inputs, _of_all(files), modules, _of_all(engines))
+        models = Models(contest, inputs, _of_all(files), modules, _of_all(engines), code=code)
         return measurement(models, batches, runners, settings, progress)
+
+
+def _modules(left: Side, right: Side, base: str | None, notes: list[str]) -> dict[str, tuple[str, str]]:
+    """What a torch runner builds from two folders; nothing, and a note, where they name code that the caller does not."""
+    from reparam_export.folder import FUSED, check_code, recipe_of
+
+    if not (left.folder and right.folder):
+        return {}
+    try:
+        for each in (left, right):
+            check_code(each.path, recipe_of(read_json(each.path / FUSED)), base)
+    except UsageError as error:
+        notes.append(f"torch is not timed: {error}")
+        return {}
+    places = {"A": left, "A again": left, "B": right}
+    return {name: (str(each.path.resolve()), "fused") for name, each in places.items()}
 
 
 def _of_all(files: dict[str, Path]) -> dict[str, Path]:

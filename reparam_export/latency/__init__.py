@@ -30,6 +30,7 @@ BATCHES = (1, 4, 16)  # as in the papers' tables
 def bench(
     folder: str | Path,
     *,
+    base: str | None = None,
     batches: Sequence[int] = BATCHES,
     runners: Sequence[str] = (),
     precision: str | None = None,
@@ -38,6 +39,7 @@ def bench(
 ) -> Measurement:
     """Time the models of a proven output folder until there is a verdict; writes ``latency.json``.
 
+    base: of a folder that was made on a ``py:`` base, that base: a folder names no code to run.
     runners: names of modules in ``latency/runners``; none: all that can run here, which share the time.
     precision: "fp32", "fp16" or "bf16"; None: the artefact's. settings: margin, time, threads, seed.
     progress: called with (runner, rounds done, seconds left) after every round. Ctrl-C ends the run; what was measured is kept.
@@ -49,7 +51,7 @@ def bench(
 
     place, settings, started = Path(folder), settings or Settings(), time.monotonic()
     check(batches, runners, settings)
-    model = load_proof(place, again=False)
+    model = load_proof(place, again=False, base=base)
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=place) as scratch:
         who = lineup(place, model, precision, Path(scratch))
         inputs = saved_inputs(model, max(batches), Path(scratch) / "inputs.npz")

@@ -51,13 +51,13 @@ class Lineup:
     structure: Structure
     notes: tuple[str, ...]
     artifact_sha256: str  # of the exported file, "" when the fused model had to be written for this
+    code: str | None  # the ``py:`` base of the modules, which whoever asked for this named
 
     def models(self, inputs: Path, engines: Engines | None) -> Models:
         """The same for the timing processes."""
+        paths, builder = (engines.paths, engines.builder) if engines else ({}, None)
         dtype = DTYPES[self.precision]
-        if engines is None:
-            return Models(self.contest, inputs, self.files, self.modules, dtype=dtype)
-        return Models(self.contest, inputs, self.files, self.modules, engines.paths, dtype, engines.builder)
+        return Models(self.contest, inputs, self.files, self.modules, paths, dtype, builder, self.code)
 
 
 def lineup(folder: Path, model: VerifiedModel, precision: str | None, scratch: Path) -> Lineup:
@@ -98,6 +98,7 @@ def lineup(folder: Path, model: VerifiedModel, precision: str | None, scratch: P
         structure,
         tuple(notes),
         artifact["sha256"] if artifact and shipped else "",
+        model.checkpoint.recipe.base,
     )
 
 

@@ -53,6 +53,7 @@ class Models:
     engines: dict[str, Path] = field(default_factory=dict)
     dtype: str = "float32"
     builder: str | None = None
+    code: str | None = None
 
     def lack(self, name: str) -> str:
         """Why this runner has nothing to run, "" when it has."""
@@ -70,7 +71,7 @@ class Models:
         files = {"onnx": self.files, "engine": self.engines}.get(takes, {})
         modules = self.modules if takes == "torch" else {}
         paths = {model: str(path.resolve()) for model, path in files.items()}
-        return Job(name, str(self.inputs.resolve()), paths, modules, self.dtype, threads, self.builder)
+        return Job(name, str(self.inputs.resolve()), paths, modules, self.dtype, threads, self.builder, self.code)
 
 
 class WorkerError(ExportError):

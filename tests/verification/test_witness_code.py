@@ -145,7 +145,7 @@ def test_the_command_line_takes_both_and_a_folder_never_runs_them_again(
     assert "second witness: good.npz" in done.output
     for file in ("fused.json", "verification.json"):
         assert "adapted" not in (out / file).read_text() or file == "verification.json"
-    CliRunner().invoke(cli, ["verify", str(out)], catch_exceptions=False)
+    CliRunner().invoke(cli, ["verify", str(out), *options[:2]], catch_exceptions=False)
     assert "net.py:adapted" not in (out / "verification.json").read_text()
 
 

@@ -37,6 +37,7 @@ class Job:
     dtype: str = "float32"  # of torch modules
     threads: int = 1
     builder: str | None = None  # the package that built the engines
+    code: str | None = None  # the ``py:`` base of the modules
 
 
 class Runner(Protocol):

@@ -60,7 +60,9 @@ def _modules(job: Job, device: str) -> dict[str, tuple[nn.Module, Signature]]:
     from reparam_export.folder import load_fused
     from reparam_export.latency.contenders import module_of
 
-    opened = {folder: load_fused(Path(folder)) for folder in {folder for folder, _ in job.modules.values()}}
+    opened = {
+        folder: load_fused(Path(folder), base=job.code) for folder in {folder for folder, _ in job.modules.values()}
+    }
     signatures = {folder: base_of(settled(checkpoint)).build()[1] for folder, (checkpoint, _) in opened.items()}
     dtype = getattr(torch, job.dtype)
     return {
