@@ -69,29 +69,36 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", ALGORITHMS.values(), ids=ALGORITHMS)
-def test_lycoris_on_convolutions_in_groups(tmp_path: Path, options: dict[str, Any]) -> None:
-    """LyCORIS rebuilds the weight and convolves in the base's groups; its own merge is not used."""
+def network(model: nn.Module, options: dict[str, Any]) -> Any:
+    """LyCORIS' network on this model, which answers with it from now on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = lycoris.create_lycoris(model, 1.0, warn_on_unmatched=False, **options)
+    made.apply_to()
+    return made
 
-    def network(model: nn.Module) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = lycoris.create_lycoris(model, 1.0, warn_on_unmatched=False, **options)
-        made.apply_to()
-        return made
 
-    file = tmp_path / "adapter.safetensors"
-    first, generator = network(build()), torch.Generator().manual_seed(1)
+def trained(options: dict[str, Any], file: Path) -> nn.Module:
+    """A file as LyCORIS writes it, and the trained model in float64, unfused: it rebuilds the weight and convolves in the base's groups."""
+    first, generator = network(build(), options), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in first.named_parameters():
             if ".org_" not in name:
                 tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
     first.save_weights(str(file), torch.float32, None)
-    trained = build().double()
-    again = network(trained).double()
+    model = build().double()
+    again = network(model, options).double()
     again.load_state_dict({name: t.double() for name, t in load_file(file).items()})
+    return model
+
+
+@pytest.mark.parametrize("options", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_lycoris_on_convolutions_in_groups(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Its own merge is not used."""
+    file = tmp_path / "adapter.safetensors"
+    own = trained(options, file)
     assert {"lycoris_depthwise", "lycoris_grouped"} <= {name.partition(".")[0] for name in load_file(file)}
-    model = agrees(rx.read(file, spec(tmp_path), inputs=INPUTS), trained)
+    model = agrees(rx.read(file, spec(tmp_path), inputs=INPUTS), own)
     rx.export(model, "onnx", tmp_path / "out", batch=(1, 2, 2))
 
 

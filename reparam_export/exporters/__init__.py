@@ -195,7 +195,7 @@ def graph_differences(model: VerifiedModel, fused: Path, scratch: Path, options:
     added = {name: torch.zeros_like(model.weights[name]) for name in model.weights.created}
     state = state_for(base, model.weights)
     for pair in untied(base, model.weights).items():
-        added |= {name: state[name].clone() for name in pair}
+        added |= {name: state[name].clone() for name in pair if name in state}  # a resized table's other is not known
     path = scratch / "base" / "model.onnx"
     path.parent.mkdir()
     write_fp32(assembled(base, added), model, path, options)
