@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from reparam_export.errors import FusionError, ReparamError
@@ -17,6 +18,7 @@ from reparam_export.errors import FusionError, ReparamError
 if TYPE_CHECKING:
     from torch import nn
 
+PACKAGE = Path(__file__).parent
 M = TypeVar("M", bound="nn.Module")
 Step = Literal["float64", "run", "capture"]
 IMPLEMENTATIONS: dict[Step, str] = {
@@ -28,7 +30,7 @@ IMPLEMENTATIONS: dict[Step, str] = {
 
 @contextmanager
 def foreign(whose: str, step: str, error: type[ReparamError] = FusionError, hint: str = "") -> Iterator[None]:
-    """Inside, code that is not ours runs. Whatever it raises is raised as ``error``; our own errors go through as they are.
+    """Inside, code that is not ours runs. Whatever it raises is raised as ``error``; our own errors and faults go through as they are.
 
     whose: the model or the package, step: what it was asked, as a passive: "cannot be" is put before it.
     """
@@ -37,7 +39,24 @@ def foreign(whose: str, step: str, error: type[ReparamError] = FusionError, hint
     except (ReparamError, MemoryError):
         raise
     except Exception as raised:  # of any type: a model may raise what it likes
+        if is_our_fault(raised):
+            raise
         raise error(f"{whose} cannot be {step}: {first_line(raised)}{hint and '; '}{hint}") from raised
+
+
+def is_our_fault(raised: Exception) -> bool:
+    """Was it raised in a line of this package, and is it of a kind that no model can make that line raise?
+
+    A name that is not there, a failed assertion, an attribute that an object of ours or of Python's has not.
+    """
+    last = raised.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or not Path(last.tb_frame.f_code.co_filename).is_relative_to(PACKAGE):
+        return False
+    if isinstance(raised, AttributeError):
+        return type(raised.obj).__module__.partition(".")[0] in ("builtins", PACKAGE.name)
+    return isinstance(raised, NameError | AssertionError)
 
 
 def copied(module: M) -> M:

@@ -134,3 +134,42 @@ def test_a_model_that_fails_in_one_step_is_named_with_the_step(tmp_path: Path, f
         rx.verify(checkpoint, rx.fuse(checkpoint))
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
+
+
+class Odd:
+    """Of a model of somebody else's."""
+
+
+def ours(body: str) -> None:
+    """Run as a line of this package."""
+    from reparam_export import calls
+
+    with foreign("a model", "run"):
+        exec(compile(body, str(calls.PACKAGE / "models.py"), "exec"), {"Odd": Odd, "torch": torch})
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        ("missing", NameError),
+        ("None.shape", AttributeError),
+        ("[].shape", AttributeError),
+        ("assert 1 > 2", AssertionError),
+    ],
+)
+def test_a_fault_of_ours_is_not_blamed_on_the_model(body: str, fault: type[Exception]) -> None:
+    with pytest.raises(fault):
+        ours(body)
+
+
+@pytest.mark.parametrize(
+    "body", ["Odd().shape", "torch.nn.Linear(2, 3).config", "torch.zeros(2) @ torch.zeros(3)", "[][0]", "Odd()()"]
+)
+def test_what_an_object_of_the_model_has_not_is_told_of_the_model(body: str) -> None:
+    with pytest.raises(FusionError, match="a model cannot be run: "):
+        ours(body)
+
+
+def test_a_name_error_in_the_code_of_a_model_is_the_models() -> None:
+    with pytest.raises(FusionError, match="a model cannot be run: NameError"), foreign("a model", "run"):
+        exec(compile("missing", "/somewhere/else/net.py", "exec"), {})

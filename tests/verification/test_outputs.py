@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import nn
 
-from reparam_export.verification.outputs import Reference, compare, predictions
+from reparam_export.errors import FusionError
+from reparam_export.models import Input, Signature
+from reparam_export.verification.outputs import Reference, check_apart, compare, predictions, run
 
 
 def test_a_prediction_that_differs_is_counted_with_its_margin() -> None:
@@ -27,3 +31,54 @@ def test_every_position_of_a_sequence_is_a_prediction() -> None:
     same, margins = predictions(found, expected)
     assert same.shape == (2, 4)
     assert margins.tolist() == [1.0]
+
+
+class Calls(nn.Module):
+    """Raises what it is given, one error for each call; then it answers."""
+
+    def __init__(self, *errors: Exception) -> None:
+        super().__init__()
+        self.errors = list(errors)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.errors:
+            raise self.errors.pop(0)
+        return 2 * x
+
+
+X = Signature((Input("x", ("batch", 3), "float32"),), ("y",))
+
+
+def test_an_error_that_is_not_of_dtypes_is_told_at_once() -> None:
+    model = Calls(RuntimeError("the cache is full"))
+    with pytest.raises(FusionError, match="RuntimeError: the cache is full"):
+        run(model, X, {"x": torch.ones(2, 3)}, torch.float64)
+    assert not model.errors
+
+
+def test_of_two_errors_the_first_is_told() -> None:
+    model = Calls(RuntimeError("expected scalar type Float but found Double"), RuntimeError("something else"))
+    with pytest.raises(FusionError, match="expected scalar type Float"):
+        run(model, X, {"x": torch.ones(2, 3)}, torch.float64)
+    once = Calls(RuntimeError("expected scalar type Float but found Double"))
+    (found,) = run(once, X, {"x": torch.ones(2, 3)}, torch.float64)
+    assert torch.equal(found, 2 * torch.ones(2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("floor", "leak", "allowed"), [(1e-6, 1e-7, True), (1e-6, 1e-5, False), (1e-2, 1e-3, True)])
+def test_samples_may_depend_on_each_other_by_less_than_rounding(floor: float, leak: float, allowed: bool) -> None:
+    class Leaks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = x @ x.T
+            return y + leak * (len(x) - 1)
+
+    model = Leaks()
+    signature = Signature((Input("x", ("batch", 3), "float32"),), ("y",), axes={"y": ((0, 1), (1, 1))})
+    inputs = {"x": torch.ones(4, 3)}
+    (all_of_them,) = run(model, signature, inputs, torch.float64)
+    reference = Reference(inputs, {"y": all_of_them - 2 * leak}, {"y": floor}, "float32", signature.axes)
+    if allowed:
+        check_apart(model, signature, reference)
+    else:
+        with pytest.raises(FusionError, match="answers a sample otherwise"):
+            check_apart(model, signature, reference)
