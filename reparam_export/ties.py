@@ -93,13 +93,9 @@ def groups_of(module: nn.Module) -> list[list[str]]:
 
 
 def second_names(module: nn.Module, tensors: Mapping[str, Any]) -> list[str]:
-    """Names that get the numbers that another name of the same tensor gets, as all of its names do: they stay one."""
-    return [
-        name
-        for names in groups_of(module)
-        if all(name in tensors for name in names) and _all_alike([tensors[name] for name in names])
-        for name in names[1:]
-    ]
+    """Names that get the numbers that another name of the same tensor gets: they stay one, and so do names that get none."""
+    given = [[name for name in names if name in tensors] for names in groups_of(module)]
+    return [name for names in given if names and _all_alike([tensors[name] for name in names]) for name in names[1:]]
 
 
 def _all_alike(tensors: list[Any]) -> bool:

@@ -52,7 +52,7 @@ def trained_tokens(source: Source, claim: Claim) -> list[Adapter]:
 
 
 def on_every_tie(module: nn.Module, adapter: Adapter) -> list[Adapter]:
-    """Trained tokens on their embedding and, as peft has it, on the layers that share its weight, on the side of their outputs.
+    """Trained tokens on their embedding and, as peft has it, on the layers that share its weight: other tables (T5), the head's outputs.
 
     peft looks for those where a model's config says ``tie_word_embeddings`` only; in any other model the head keeps the base's weight.
     """
@@ -70,6 +70,5 @@ def on_every_tie(module: nn.Module, adapter: Adapter) -> list[Adapter]:
             raise FusionError(
                 f"{name}: peft's forward of trained tokens on a linear layer leaves its bias out; no such layer can be kept"
             )
-        if name == adapter.module or side == "output":
-            found.append(replace(adapter, module=name, params=replace(adapter.params, side=side)))
+        found.append(replace(adapter, module=name, params=replace(adapter.params, side=side)))
     return found

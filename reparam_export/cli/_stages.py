@@ -130,6 +130,8 @@ def stream_stage(
     for name in plan.untied:
         console.line(f"untied: {name}, which was one tensor with the embeddings, is written on its own")
     for name, value in plan.corrected.items():
+        nested = isinstance(value, dict) and "vocab_size" in value  # of a model with a language model in it
+        name, value = (f"{name}.vocab_size", value["vocab_size"]) if nested else (name, value)
         console.line(f"config.json: {name} = {str(value).lower()}")
     show_notes(console, plan.checkpoint.notes, known)
     if dry_run:
