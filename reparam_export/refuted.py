@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from reparam_export.errors import EquivalenceError
+from reparam_export.errors import EquivalenceError, FusionError
 
 ENDING = ".refuted"
 LOADABLE = ("fused.safetensors", "hf", "model.safetensors", "model.onnx*", "model.engine", "genai")
@@ -64,12 +64,13 @@ def put_back(folder: Path) -> bool:
 def on_trial(folder: Path) -> Iterator[None]:
     """Around a proof of the weights in a folder: what was refuted before is in its place meanwhile, and what is refuted now is set aside.
 
-    EquivalenceError is raised again with the names that it stands under. What stood aside before goes there again when nothing was decided.
+    EquivalenceError is raised again with the names that it stands under, and so is FusionError, where the model cannot be proven.
+    What stood aside before goes there again when nothing was decided.
     """
     before = put_back(folder)
     try:
         yield
-    except EquivalenceError as error:
+    except (EquivalenceError, FusionError) as error:
         names = set_aside(folder)
         if names:
             error.args = (f"{error}; set aside: {', '.join(names)}, which no loader takes until it is proven",)

@@ -23,6 +23,7 @@ from reparam_export.models import (
     samples,
     split_argument,
 )
+from reparam_export.verification.outputs import run
 
 TEXT = Signature(
     (
@@ -192,6 +193,26 @@ def test_float64_stays_float64() -> None:
         assert torch.ones(2).float().dtype == torch.float32
         assert torch.arange(3).to(torch.float32).dtype == torch.float32
     assert x.float().dtype == torch.float32
+
+
+def test_numbers_made_in_the_forward_of_a_float64_reference_are_float64() -> None:
+    class Moments(torch.nn.Module):
+        """The frequencies of a timestep as diffusion models make them: in float32, whatever the model is in."""
+
+        def forward(self, moment: torch.Tensor) -> torch.Tensor:
+            frequencies = torch.exp(-9.21 * torch.arange(4, dtype=torch.float32) / 4)
+            halves = torch.ones(4) / 3
+            return torch.sin(moment[:, None].float() * frequencies[None]) + halves
+
+    moments = torch.tensor([3, 517, 999])
+    signature = Signature((Input("moment", ("batch",), "int64", 1000),), ("y",))
+    exact = torch.sin(moments[:, None].double() * torch.exp(-9.21 * torch.arange(4, dtype=torch.float64) / 4)) + 1 / 3
+    (found,) = run(Moments(), signature, {"moment": moments}, torch.float64)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, exact, rtol=0, atol=1e-13)
+    (rounded,) = run(Moments(), signature, {"moment": moments}, torch.float32)
+    assert 1e-7 < float((rounded - exact).abs().max()) < 1e-3  # so that the floor has it
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_pure_float64_lets_mixed_dtypes_meet_in_float64_and_writes_into_what_is_float32() -> None:

@@ -169,6 +169,12 @@ def _denoised(main: str, config: Any) -> tuple[Input, dict[str, Any]]:
         grid = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in (1, 4, 4)))
         return Input(main, ("batch", 16, channels)), {"img_ids": grid, "txt_ids": torch.zeros(PROMPT, 3)}
     shape: tuple[int, ...] = (channels, *map(int, sides))
+    if {"sample_frames", "temporal_compression_ratio", "max_text_seq_length"} <= set(
+        config
+    ):  # CogVideoX: frames first,
+        ratio, wide = config["temporal_compression_ratio"], (config["sample_height"], config["sample_width"])
+        frames = (config["sample_frames"] - 1) // ratio + 1  # as many as it has positions for
+        return Input(main, ("batch", frames, channels, *wide)), {}
     if config["_class_name"].endswith("3DModel") or "3D" in config["_class_name"]:
         shape = (channels, 4, *map(int, sides))
     if "1D" in config["_class_name"]:
@@ -192,7 +198,7 @@ def _conditions(config: Any, accepted: Mapping[str, Any]) -> tuple[list[Input], 
         "cross_attention_dim",
     )
     if "encoder_hidden_states" in accepted and told:
-        found.append(Input("encoder_hidden_states", ("batch", PROMPT, told)))
+        found.append(Input("encoder_hidden_states", ("batch", given("max_text_seq_length") or PROMPT, told)))
     if "pooled_projections" in accepted and (pooled := given("pooled_projection_dim")):
         found.append(Input("pooled_projections", ("batch", pooled)))
     if "encoder_attention_mask" in accepted and accepted["encoder_attention_mask"].default is inspect.Parameter.empty:

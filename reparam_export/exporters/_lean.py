@@ -1,7 +1,8 @@
 """Optimise an exported graph without losing, merging or renaming a parameter.
 
-The passes are onnxscript's own, less those that compute with weights: constant folding stops at parameters, batch norms
-are not folded into convolutions, zero biases are not dropped, and two equal parameters stay two.
+The passes are onnxscript's own, less those that compute with weights or with numbers that are only nearly what they look for: constant
+folding stops at parameters, batch norms are not folded into convolutions, zero biases are not dropped, two equal parameters stay two,
+and ``x + 1e-15``, which keeps a division from 0/0, stays (onnxscript takes all below 1e-8 for 0).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def lean(model: ir.Model, parameters: Collection[str]) -> frozenset[str]:
     from onnxscript.rewriter import onnx_fusions
 
     Sequential(passes.InlinePass(), passes.RemoveUnusedNodesPass())(model)
+    _drop_idle_squeezes(model.graph)
     held = set(parameters) & set(model.graph.initializers)
     _passes(held)(model)
     onnx_fusions.fuse(model)
@@ -48,7 +50,7 @@ def _passes(held: Collection[str]) -> Any:
     from onnxscript.optimizer import _constant_folding as folding
     from onnxscript.rewriter.rules import common
 
-    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if not _computes_with_weights(rule, common)]
+    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if not _changes_numbers(rule, common)]
 
     def fold(node: ir.Node) -> bool | None:
         """Only constants that are no parameters may be folded; ``None`` leaves it to the pass."""
@@ -79,10 +81,27 @@ def _passes(held: Collection[str]) -> Any:
     )
 
 
-def _computes_with_weights(rule: Any, common: Any) -> bool:
-    """Batch norm folding changes weights; the others drop a parameter whose entries happen to be 0 or 1."""
-    starts = ("fuse_batchnorm", "remove_optional_bias", "add_0", "sub_0", "mul_by_1", "div_by_1")
-    return any(rule is getattr(common, name) for name in common.__all__ if name.startswith(starts))
+def _changes_numbers(rule: Any, common: Any) -> bool:
+    """Batch norm folding changes weights; the others drop a number, or a parameter, that is 0 or 1 or nearly so."""
+    starts = ("fuse_batchnorm", "remove_optional_bias")
+    named = any(rule is getattr(common, name) for name in common.__all__ if name.startswith(starts))
+    return named or any(rule is other for other in common._no_op.rules)
+
+
+def _drop_idle_squeezes(graph: ir.Graph) -> None:
+    """Take out each Squeeze of an axis that is not of size 1: torch's does nothing there, its exporter writes it, ONNX refuses it."""
+    for node in [node for node in graph if node.op_type == "Squeeze" and node.domain == ""]:
+        before, after = node.inputs[0], node.outputs[0]
+        shapes = None if before is None else before.shape, after.shape
+        if before is None or shapes[0] is None or shapes[1] is None or len(shapes[0]) != len(shapes[1]):
+            continue
+        same = ir.node("Identity", [before])
+        (kept,) = same.outputs
+        kept.shape, kept.type = after.shape, after.type
+        graph.insert_before(node, same)
+        after.replace_all_uses_with(kept, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        kept.name = after.name
 
 
 def _transpose(graph: ir.Graph, held: Collection[str]) -> list[str]:

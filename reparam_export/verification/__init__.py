@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from reparam_export.assembly import adapted, base_of, fused, opened, place, settled
 from reparam_export.calls import copied, foreign
 from reparam_export.checkpoints import Adapter, Checkpoint, by_site, components
-from reparam_export.errors import EquivalenceError
+from reparam_export.errors import EquivalenceError, FusionError
 from reparam_export.fit import touched_module
 from reparam_export.fusion import DTYPES, Advance, FusedWeights, own_state
 from reparam_export.layouts import site_of, touched
@@ -25,11 +25,14 @@ from reparam_export.verification.certificate import (
 )
 from reparam_export.verification.graph import compare_graphs
 from reparam_export.verification.outputs import (
+    DRAWS,
     Reference,
     check_apart,
     compare,
     distance,
     first_parting,
+    jolt,
+    judged_again,
     measure_floors,
     run,
 )
@@ -73,6 +76,11 @@ class VerifiedModel:
         """The unfused adapted model in one dtype: what noise floors are measured on."""
         module, _, checkpoint = opened(self.checkpoint)
         return adapted(place(module, checkpoint.replaced), checkpoint.adapters, dtype)
+
+    def drawn_floors(self) -> dict[str, float]:
+        """The floors of the reference, from several runs of the unfused model; see ``outputs``."""
+        module, signature, checkpoint = opened(self.checkpoint)
+        return drawn_floors(module, checkpoint, signature, self.reference)
 
 
 def verify(
@@ -131,6 +139,7 @@ def verify(
         witness=hear(subject, witness, expected),
     )
     if certificate.verdict == "wrong":
+        _check_called(base, on_base, weights, signature, reference, certificate)
         raise refusal(certificate, layer)
     return VerifiedModel(checkpoint, weights, signature, reference, certificate)
 
@@ -236,9 +245,49 @@ def prove_outputs(
         )
     layer = None
     if not all(o.passed for o in outputs):
+        reference = replace(reference, floors=drawn_floors(base, checkpoint, signature, reference))
+        outputs = [judged_again(output, reference) for output in outputs]
+    if not all(o.passed for o in outputs):
         models = (unfused(torch.float64), unfused(dtype), model)
         layer = first_parting(models, (torch.float64, dtype, running), signature, given, modules)
     return reference, tuple(outputs), layer, idle
+
+
+def _check_called(
+    base: nn.Module,
+    checkpoint: Checkpoint,
+    weights: FusedWeights,
+    signature: Signature,
+    reference: Reference,
+    certificate: Certificate,
+) -> None:
+    """Raises FusionError where nothing is wrong but this: the model reads the weights of layers that it never calls, past their adapters.
+
+    So it is when the fused model without its change of these layers answers as the reference does.
+    """
+    import torch
+
+    idle = set(certificate.unexercised)
+    told = [text for each in certificate.witness for text in each.differences]
+    if not idle or told or not certificate.carried.passed or not all(layer.passed for layer in certificate.layers):
+        return
+    names = {n for a in checkpoint.adapters if a.module in idle for n in touched(a)} & set(weights.tensors)
+    state = state_for(base, weights)
+    plain = {
+        n: state[n].to(t.dtype) if n in state else torch.zeros_like(t) for n, t in weights.tensors.items() if n in names
+    }
+    running = running_dtype(weights)
+    model = fused(copied(base), {**weights.tensors, **plain}).to(running)
+    found = compare("fused", lambda x: run(model, signature, x, running), reference, reference.samples)
+    if all(output.passed for output in found):
+        first = certificate.unexercised[0]
+        raise FusionError(
+            f"{type(base).__name__} never calls {len(idle)} of the layers that have adapters, first {first}: it reads their weights "
+            "itself, past whatever an adapter adds to what the layer answers. Unfused (in peft, too) these adapters do nothing, folded "
+            "they would change every answer. If peft trained them, take them out of target_modules in adapter_config.json, and out of "
+            f"the file with --drop '*{first}.*' each; if the training code put them into the weight that is read, there is no unfused "
+            "forward here that the fused model can be held against"
+        )
 
 
 def _moved(
@@ -259,9 +308,29 @@ def _moved(
     return {name: distance(tensor, truth[name]) for name, tensor in zip(signature.outputs, found, strict=True)}
 
 
-def _unfused(base: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    """Our unfused model: the base with the whole tensors as they were trained, not in the base's dtypes, and the adapters."""
+def drawn_floors(
+    base: nn.Module, checkpoint: Checkpoint, signature: Signature, reference: Reference
+) -> dict[str, float]:
+    """The floors of ``reference``, or the largest of DRAWS more where that is larger; see ``outputs``."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, reference.dtype)
+    floors = dict(reference.floors)
+    for draw in range(DRAWS):
+        noisy = run(_unfused(base, checkpoint, dtype, draw), signature, reference.inputs, dtype)
+        found = measure_floors(reference.outputs, noisy)
+        floors = {name: max(floor, found[name]) for name, floor in floors.items()}
+    return floors
+
+
+def _unfused(base: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, draw: int | None = None) -> nn.Module:
+    """Our unfused model: the base with the whole tensors as they were trained, not in the base's dtypes, and the adapters.
+
+    draw: the number of a run with other roundings; None: the plain one.
+    """
     whole = place(copied(base), checkpoint.replaced)
+    if draw is not None:
+        whole = jolt(whole.to(dtype), draw)
     with foreign(type(base).__name__, f"cast to {str(dtype).removeprefix('torch.')} with its adapters in it"):
         return adapted(whole, checkpoint.adapters, dtype)
 

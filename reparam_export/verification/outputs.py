@@ -3,6 +3,9 @@
     reference  the unfused model in float64, with nothing inside it cast to float32
     floor      how far that same unfused model is from the reference when it runs in the storage precision
     bound      MULTIPLE x max(floor, u max|reference|), u the unit roundoff of that precision
+    draws      one run's error is one draw of many roundings; in a network that magnifies some of them it can be a lucky one. Before
+               anything is called wrong, DRAWS more are made, each with weights moved as far as one rounding moves them, and the largest
+               counts (the idea of Parker's Monte Carlo arithmetic, 1997, and of Vignes' CESTAC): it is the model's own sensitivity
 
 Two runs of one network that differ in the order of their roundings are each about one floor away from the truth; three bits more
 than that is no longer rounding. A bound as large as the outputs themselves decides nothing, and is refused. An output that the adapter
@@ -15,7 +18,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.batches import ROWS, Axes, chosen, fits
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MULTIPLE = 8.0
+DRAWS = 4
 OF_DTYPES = re.compile(
     r"dtype|scalar type|data type|\b(?:float|double|half|bfloat16)\b|overflow|type torch\.", re.IGNORECASE
 )
@@ -76,7 +80,11 @@ def run(
     wide = dtype == torch.float64
     needs: Step = "float64" if wide else "run"
     name = type(model).__name__
-    with torch.inference_mode(), pure_float64() if wide else nullcontext(), experts(model, needs, signature.experts):
+    with (
+        torch.inference_mode(),
+        pure_float64(made=True) if wide else nullcontext(),
+        experts(model, needs, signature.experts),
+    ):
         for start in range(0, count, step):
             batch = (inputs[i.name][start : start + step] for i in signature.inputs)
             tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in batch)
@@ -92,7 +100,7 @@ def run(
 
 
 def _answered(model: nn.Module, signature: Signature, tensors: tuple[Tensor, ...], wide: bool) -> tuple[Tensor, ...]:
-    """One call; in float64 again with torch's default dtype wide where the model makes constants that only float64 can hold (its least).
+    """One call; where a model in float64 cannot be called with torch's default dtype wide, again with the default that it knows.
 
     Only what torch says of dtypes has another try, and where that fails, too, it is the first that is raised.
     """
@@ -105,7 +113,7 @@ def _answered(model: nn.Module, signature: Signature, tensors: tuple[Tensor, ...
             raise
         first = error
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(torch.float32)
     try:
         return outputs_of_call(model, signature, tensors)
     except RuntimeError:
@@ -140,6 +148,28 @@ def check_apart(model: nn.Module, signature: Signature, reference: Reference) ->
 def measure_floors(reference: Mapping[str, Tensor], unfused: Sequence[Tensor]) -> dict[str, float]:
     """The unfused model's error in storage precision, per output."""
     return {name: distance(found, reference[name]) for name, found in zip(reference, unfused, strict=True)}
+
+
+def jolt(model: nn.Module, seed: int) -> nn.Module:
+    """Move one in twelve of the numbers, in place, to a neighbour in its dtype: in the mean square as far as one rounding moves it."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            if tensor.is_floating_point():
+                side = torch.randint(0, 24, tensor.shape, generator=generator, dtype=torch.int8).to(tensor.device)
+                step = (0.75 * torch.finfo(tensor.dtype).eps) * ((side == 0).double() - (side == 1).double())
+                tensor.copy_(tensor.double() * (1 + step))
+    return model
+
+
+def judged_again(evidence: OutputEvidence, reference: Reference) -> OutputEvidence:
+    """The same run by the floors of ``reference``."""
+    floor = reference.floors[evidence.output]
+    bound = reference.bound(evidence.output, floor, roundoff(evidence.dtype))
+    passed = passes(evidence.error, floor, bound, evidence.magnitude)
+    return replace(evidence, floor=floor, bound=bound, passed=passed)
 
 
 def compare(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,25 @@ def test_parameters_of_zeros_and_ones_and_batch_norms_are_not_optimised_away(tmp
     model, path = Plain().eval(), tmp_path / "plain.onnx"
     onnx.write(model, Signature((Input("x", ("batch", 3, 4, 4)),), ("y",)), {"x": torch.zeros(2, 3, 4, 4)}, path)
     assert set(model.state_dict()) - {"norm.num_batches_tracked"} <= set(initializers(path))
+
+
+def test_numbers_that_are_nearly_nothing_stay_and_a_squeeze_of_a_long_axis_does_nothing(tmp_path: Path) -> None:
+    class Guarded(nn.Module):
+        """Linear attention's division, whose guard is far below what onnxscript takes for 0."""
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            positive = torch.relu(x)
+            divided = positive / (positive.sum(-1, keepdim=True) + 1e-15)
+            return divided, ((x * 1.000009).squeeze(1) - 3e-9).squeeze(-2), x.squeeze(1)
+
+    path = tmp_path / "guarded.onnx"
+    onnx.write(Guarded().eval(), replace(ROWS, outputs=("y", "z", "w")), ROWS_EXAMPLE, path)
+    x = torch.randn(3, 4, 8)
+    x[0, 1] = -1.0  # nothing of this row is above 0
+    with onnx.Runner(path) as runner:
+        found = runner.run({"x": x.numpy()})
+    for name, expected in zip(("y", "z", "w"), Guarded()(x), strict=True):
+        assert np.array_equal(found[name], expected.numpy()) or np.allclose(found[name], expected, rtol=3e-7, atol=0)
 
 
 def test_tied_parameters_are_one_initializer(tmp_path: Path) -> None:

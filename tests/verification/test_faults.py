@@ -362,3 +362,23 @@ def test_a_model_whose_constants_only_float64_holds_has_its_reference(tmp_path: 
     expected = reference.inputs["x"].double() @ weight.T + fused["fc.bias"].double()
     assert dtype == torch.float32
     assert torch.allclose(reference.outputs["output"], expected, rtol=0, atol=1e-5)
+
+
+def test_a_layer_whose_weight_is_read_past_its_adapter_is_refused_as_that(tmp_path: Path) -> None:
+    direct = "torch.nn.functional.linear(self.a(x), self.fc.weight, self.fc.bias)"
+    base = own_model(tmp_path, "self.a = Linear(6, 6); self.fc = Linear(6, 4)", direct)
+    torch.manual_seed(2)
+    adapter = {
+        f"{name}.adapter.conv_{part}.weight": torch.randn(*shape, 1)
+        for name in ("a", "fc")
+        for part, shape in (("A", (2, 6)), ("B", (6, 2)))
+    }
+    torch.save(adapter, tmp_path / "c.pt")
+    checkpoint = rx.read(tmp_path / "c.pt", base, inputs=["x=batch,6:float32"])
+    fused = rx.fuse(checkpoint)
+    with pytest.raises(FusionError, match=r"never calls 1 of the layers that have adapters, first fc: it reads"):
+        rx.verify(checkpoint, fused)
+    tensors = {name: tensor.clone() for name, tensor in fused.tensors.items()}
+    tensors["a.weight"][1, 1] += 0.1  # another fault beside it is not explained by it
+    with pytest.raises(EquivalenceError):
+        rx.verify(checkpoint, replace(fused, tensors=tensors))

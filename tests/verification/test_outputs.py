@@ -8,7 +8,7 @@ from torch import nn
 
 from reparam_export.errors import FusionError
 from reparam_export.models import Input, Signature
-from reparam_export.verification.outputs import Reference, check_apart, compare, predictions, run
+from reparam_export.verification.outputs import Reference, check_apart, compare, jolt, judged_again, predictions, run
 
 
 def test_a_prediction_that_differs_is_counted_with_its_margin() -> None:
@@ -82,3 +82,28 @@ def test_samples_may_depend_on_each_other_by_less_than_rounding(floor: float, le
     else:
         with pytest.raises(FusionError, match="answers a sample otherwise"):
             check_apart(model, signature, reference)
+
+
+def test_a_run_with_other_roundings_moves_weights_as_far_as_one_rounding() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        layer = torch.nn.Linear(200, 100).to(dtype)
+        before = layer.weight.detach().clone()
+        after = jolt(layer, 1)
+        assert after is layer
+        weight = layer.weight.detach()
+        moved = (weight != before).double().mean()
+        allowed = 1.6 * before.double().abs() * torch.finfo(dtype).eps + 1e-7
+        assert 0.06 < float(moved) < 0.11
+        assert bool(((weight.double() - before.double()).abs() <= allowed).all())
+
+
+def test_a_luckily_small_floor_is_corrected_by_more_draws_and_a_fault_is_not_explained_by_them() -> None:
+    expected = torch.tensor([[1.0, 3.0]], dtype=torch.float64)
+    lucky = Reference({"x": torch.zeros(1, 1)}, {"y": expected}, {"y": 1e-8}, "float32")
+    (evidence,) = compare("fused", lambda inputs: [(expected + 3e-6).float()], lucky, 1)
+    assert not evidence.passed
+    again = judged_again(evidence, Reference(lucky.inputs, lucky.outputs, {"y": 1e-6}, "float32"))
+    assert again.passed
+    assert (again.error, again.floor, again.bound) == (evidence.error, 1e-6, 8e-6)
+    (evidence,) = compare("fused", lambda inputs: [(expected + 3e-5).float()], lucky, 1)
+    assert not judged_again(evidence, Reference(lucky.inputs, lucky.outputs, {"y": 1e-6}, "float32")).passed
