@@ -1,12 +1,14 @@
 """A sweep over architectures: does ``convert --to onnx`` come out right, is it refused with a reason, does it crash?
 
-    python -m benchmarks.architectures                   what is not there yet, an hour on a quiet core; then the README's table
-    python -m benchmarks.architectures --only gpt        those whose names hold this; --again: also what is there
-    python -m benchmarks.architectures --table           the table alone
+    python -m benchmarks.architectures                   what is not there yet, then what other code made; then the README's table
+    python -m benchmarks.architectures --only gpt        those whose names hold this; --again: whatever is there
+    python -m benchmarks.architectures --missing         only what is not there yet
+    python -m benchmarks.architectures --table           the table alone, and which rows other code made
 
 Each architecture of transformers, timm and diffusers is made tiny and random (``architectures_tiny.py``), with a random LoRA of peft on all
 of its linear layers, and one on all of its convolutions without groups. The ONNX file is run by onnxruntime on the CPU, and judged against
-peft's own unfused model in float64. Every row is kept in benchmarks/results/architectures.json as soon as it is made.
+peft's own unfused model in float64. Every row is kept in benchmarks/results/architectures.json as soon as it is made, with a digest of the
+code that it went through (``code_of``): a row that other code made is made again. All of it takes an hour or two of a quiet core.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
+import hashlib
 import io
 import json
 import os
@@ -37,11 +41,43 @@ from reparam_export.calls import experts
 from reparam_export.models import Base, outputs_of_call
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "reparam_export"
+THROUGH = (  # what every row goes through: not the other kinds of adapters and files, other targets, reports
+    "*.py",
+    "bases/_*.py",
+    "names/*.py",
+    "streaming/*.py",
+    "adapters/__init__.py",
+    "adapters/lora.py",
+    "checkpoints/_*.py",
+    "checkpoints/peft_lora.py",
+    "exporters/_*.py",
+    "exporters/onnx.py",
+    "verification/**/*.py",
+)
+SCHEMES = {"transformers": "hf", "timm": "timm", "diffusers": "diffusers"}
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
 BEGIN, END = "<!-- architectures: made by python -m benchmarks.architectures -->", "<!-- /architectures -->"
 ALLOWED = 1e-4  # of the largest answer; float32 against float64 through a whole network
 PARTS = ("linear", "conv")
 OUTCOMES = ("right", "refused", "not proven", "wrong", "crash")
+
+
+@functools.cache
+def code_of(library: str) -> str:
+    """A digest of the code that a row of this library goes through, without the sweep itself."""
+    paths = {path for pattern in (*THROUGH, f"bases/{SCHEMES[library]}.py") for path in PACKAGE.glob(pattern)}
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def stale(kept: dict[str, Any]) -> list[str]:
+    """The rows that other code made, and those that the benchmark itself failed at."""
+    rows = {key: row for key, row in kept.items() if row}
+    failed = [key for key, row in rows.items() if row["result"] == "benchmark failed"]
+    return failed + [k for k, r in rows.items() if k not in failed and r.get("made_by") != code_of(k.partition("/")[0])]
 
 
 def targets(model: torch.nn.Module, part: str) -> list[str]:
@@ -163,12 +199,25 @@ def table(kept: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def keep(key: str, make: Callable[[Path], tuple[torch.nn.Module, list[str]]]) -> None:
+    """Make one row, and write it down."""
+    code = code_of(key.partition("/")[0])  # before: the files may change meanwhile
+    try:
+        found = row(make, key.rpartition("/")[2])
+    except Exception:  # of the benchmark or of the library that makes the model: to be seen, and mended
+        found = {"result": "benchmark failed", "said": traceback.format_exc()[-600:]}
+    found = found and {**found, "made_by": code}
+    RESULTS.write_text(json.dumps(dict(sorted((read() | {key: found}).items())), indent=1) + "\n", encoding="utf-8")
+    print(key, found, flush=True)
+
+
 def main() -> None:
     """Make what is not there yet, keep every row, put the table into README.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names that hold this")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--slice", default="0/1", help="I/N: every Nth from I on")
+    parser.add_argument("--missing", action="store_true")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -176,25 +225,19 @@ def main() -> None:
     known = architectures()
     first, step = map(int, given.slice.split("/"))
     chosen = [name for name in sorted(known) if given.only in name][first::step]
-    for part in () if given.table else PARTS:
-        for name in chosen:
-            key = f"{name}/{part}"
-            if key in read() and not given.again:
-                continue
-            try:
-                found = row(known[name], part)
-            except Exception:  # of the benchmark or of the library that makes the model: to be seen, and mended
-                found = {"result": "benchmark failed", "said": traceback.format_exc()[-600:]}
-            RESULTS.write_text(
-                json.dumps(dict(sorted((read() | {key: found}).items())), indent=1) + "\n", encoding="utf-8"
-            )
-            print(key, found, flush=True)
+    keys = [f"{name}/{part}" for part in PARTS for name in chosen]
+    kept, other = read(), set(stale(read()))
+    todo = [key for key in keys if key not in kept or given.again]
+    todo += [] if given.missing or given.again else [key for key in keys if key in other]
+    for key in () if given.table else todo:
+        keep(key, known[key.rpartition("/")[0]])
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     if BEGIN in text:
         head, rest = text.split(BEGIN)
         readme.write_text(f"{head}{BEGIN}\n{table(read())}{END}{rest.split(END)[1]}", encoding="utf-8")
     print(table(read()))
+    print(f"made by other code than this: {len(stale(read()))} of {len(read())} rows")
 
 
 def read() -> dict[str, Any]:

@@ -97,7 +97,8 @@ def _traced(model: nn.Module, signature: Signature, example: Mapping[str, Tensor
                 dynamic_shapes=(axes,),
             )
     except Exception as error:  # torch.export raises anything, from RuntimeError to its own user errors
-        raise ExportError(f"torch.onnx cannot export {type(model).__name__}: {_short(error)}") from error
+        why = _fixed(error, signature) or _short(error)
+        raise ExportError(f"torch.onnx cannot export {type(model).__name__}: {why}") from error
     if program is None:
         raise ExportError(f"torch.onnx returned no program for {type(model).__name__}")
     graph: ir.Model = program.model
@@ -205,6 +206,22 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+def _fixed(error: BaseException, signature: Signature) -> str | None:
+    """In words of the signature: an axis that the model's code makes a Python number of; None for another error."""
+    import re
+
+    found = re.findall(r"inferred a static shape of (\d+) for dimension inputs\[(\d+)\]\.shape\[(\d+)\]", _short(error))
+    if not found:
+        return None
+    size, number, axis = map(int, found[0])
+    given = signature.inputs[number]
+    return (
+        f"its code fixes axis {axis} ({given.shape[axis]!r}) of input {given.name!r} at the size it is captured with, {size}: somewhere "
+        "it makes a Python number of it, as [0] * batch_size does, so no one graph holds for every size. Change that line of the model "
+        "(a py: base may return a changed one), or take the fused weights as they are, with --to safetensors"
+    )
 
 
 def _short(error: BaseException) -> str:

@@ -221,6 +221,13 @@ def test_what_cannot_be_exported_is_an_export_error(tmp_path: Path) -> None:
 
     with pytest.raises(ExportError, match="Branch"):
         onnx.write(Branch().eval(), ROWS, ROWS_EXAMPLE, tmp_path / "model.onnx")
+
+    class Counted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.tensor([0.5] * x.shape[0])[:, None, None]
+
+    with pytest.raises(ExportError, match=r"fixes axis 0 \('batch'\) of input 'x' at the size it is captured with, 2"):
+        onnx.write(Counted().eval(), ROWS, ROWS_EXAMPLE, tmp_path / "model.onnx")
     with pytest.raises(ExportError, match="training mode"):
         onnx.write(Twins().train(), ROWS, ROWS_EXAMPLE, tmp_path / "model.onnx")
     with pytest.raises(UsageError, match="lacks input 'x'"):
