@@ -351,7 +351,7 @@ def test_a_layer_under_three_names_is_picked_up_from_its_folder(tmp_path: Path) 
     fused = rx.fuse(checkpoint)
     assert set(fused.aliases.values()) == {"a.weight", "a.bias"}
     save_fused(tmp_path / "out", checkpoint, fused)
-    assert load_fused(tmp_path / "out")[1].aliases == fused.aliases
+    assert load_fused(tmp_path / "out", base=base)[1].aliases == fused.aliases
 
 
 def test_a_model_whose_constants_only_float64_holds_has_its_reference(tmp_path: Path) -> None:
