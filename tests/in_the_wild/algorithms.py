@@ -32,7 +32,7 @@ def in_groups(name: str) -> Callable[[Path], Made]:
     return make
 
 
-NAMES = ("locon with cores", "locon decomposed by input", "loha", "lokr with both factored", "glora", "norms too")
+NAMES = ("locon with cores", "locon decomposed by input", "loha", "lokr", "glora", "norms too")
 ALGORITHMS = [Wild(name, "LyCORIS", of(name), "LyCORIS") for name in NAMES] + [
     Wild(f"{name}, convolutions in groups", "LyCORIS", in_groups(name), "LyCORIS") for name in ("lora", "loha")
 ]

@@ -98,10 +98,10 @@ def of_clip_lora(folder: Path) -> Made:
 
 CODE = "its code, written out"
 STATES = [
-    Wild("a peft model's state dict, whole", "torch.save", of_peft("plain", whole=True), ""),
-    Wild("a peft model's state dict, `.ckpt`", "Lightning", of_peft("lightning", whole=True), ""),
-    Wild("adapters alone, `module.` in front", "DataParallel", of_peft("parallel", whole=False), ""),
-    Wild("adapters alone, inside another model", "torch.save", of_peft("inside another", whole=False), ""),
+    Wild("a peft model's state dict, whole", "torch.save", of_peft("plain", whole=True)),
+    Wild("a peft model's state dict, `.ckpt`", "Lightning", of_peft("lightning", whole=True)),
+    Wild("adapters alone, `module.` in front", "DataParallel", of_peft("parallel", whole=False)),
+    Wild("adapters alone, inside another model", "torch.save", of_peft("inside another", whole=False)),
     Wild("loralib: Embedding, Conv2d, MergedLinear, Linear", "loralib", of_loralib, ""),
     Wild("minLoRA, parametrizations", "minLoRA", of_minlora, "", CODE),
     Wild("`w_a_000`, `w_b_000`", "SAMed", by_number(1), "", CODE),
