@@ -139,7 +139,9 @@ def of_flux(folder: Path) -> Made:
 
 DIFFUSION = [
     Wild("pipeline's file, configuration in its header", "diffusers", of_unet(of_a_pipeline), "diffusers"),
-    Wild("pipeline's file without a configuration", "diffusers", of_unet(without_metadata, lora_alpha=ALPHA), "diffusers"),
+    Wild(
+        "pipeline's file without a configuration", "diffusers", of_unet(without_metadata, lora_alpha=ALPHA), "diffusers"
+    ),
     Wild("`save_lora_adapter`", "diffusers", of_unet(of_the_model), "diffusers"),
     Wild("`lora.up`, `lora.down`", "diffusers before 0.21", of_unet(with_up_and_down, lora_alpha=ALPHA), "diffusers"),
     Wild("UNet and text encoder in one file", "kohya", of_unet(of_kohya, part="unet"), "LyCORIS"),

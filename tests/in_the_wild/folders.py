@@ -104,7 +104,7 @@ EXPERTS: dict[str, Any] = {
 QWEN = {"num_experts": 3, "moe_intermediate_size": 20, "num_experts_per_tok": 2}
 PATTERNS: dict[str, Any] = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {r"layers\.1\..*": 4}, "use_rslora": True}
 FOLDERS = [
-    Wild("adapter in shards with an index", "peft", in_shards, ""),
+    Wild("adapter in shards with an index", "peft", in_shards),
     Wild("`checkpoint-N` of a trainer", "transformers", by_number),
     Wild("ranks and alphas by pattern, rsLoRA", "peft", with_settings(target_modules=["q_proj", "k_proj"], **PATTERNS)),
     Wild("DoRA with biases", "peft", with_settings(target_modules="all-linear", use_dora=True, bias="lora_only")),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.checkpoints import Checkpoint
+from reparam_export.checkpoints._folder import INDEX, shards
 from reparam_export.errors import CheckpointError, MissingBackendError
 from reparam_export.files import read_json
 from reparam_export.models import first_line
@@ -57,9 +60,7 @@ def loaded(checkpoint: Checkpoint, fresh: Callable[[], nn.Module], *, skeleton: 
     peft = import_peft()
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     state = checkpoint.format == "peft_state"
-    if not state and (
-        not any((folder / name).is_file() for name in WEIGHTS) or not (folder / "adapter_config.json").is_file()
-    ):
+    if not state and not ((folder / "adapter_config.json").is_file() and (_stored(folder) or _index(folder))):
         raise UnableError(f"{folder} does not hold {WEIGHTS[0]} and adapter_config.json, as peft loads them")
     probed = any(adapter.kind == "probed" for adapter in checkpoint.adapters)
     attempts = ("as it is stored",) if probed or skeleton else ("float64", "as it is stored")
@@ -87,9 +88,32 @@ def _of_folder(
     peft: Any, checkpoint: Checkpoint, base: nn.Module, folder: Path, *, skeleton: bool
 ) -> tuple[nn.Module, bool]:
     check_patterns_of(folder, base)
-    file = next(folder / name for name in WEIGHTS if (folder / name).is_file())
-    with under_base_names(checkpoint, folder, file) as (place, renamed):
+    with _in_one_file(folder) as (whole, file), under_base_names(checkpoint, whole, file) as (place, renamed):
         return _load(peft, base, place, (*checkpoint.dropped, *_written_twice(file))), renamed
+
+
+def _stored(folder: Path) -> Path | None:
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def _index(folder: Path) -> Path | None:
+    return next((folder / f"{name}{INDEX}" for name in WEIGHTS if (folder / f"{name}{INDEX}").is_file()), None)
+
+
+@contextlib.contextmanager
+def _in_one_file(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """The folder and its weights; of shards, which peft's loader does not know, a copy with all of them in one file."""
+    file, index = _stored(folder), _index(folder)
+    if file is not None or index is None:
+        yield folder, file or folder / WEIGHTS[0]
+        return
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory(prefix="reparam-witness-") as place:
+        copy = Path(place) / WEIGHTS[0]
+        save_file({name: tensor.contiguous() for name, tensor in shards(index, numpy=False).items()}, copy)
+        shutil.copyfile(folder / "adapter_config.json", copy.with_name("adapter_config.json"))
+        yield copy.parent, copy
 
 
 def _of_state(
