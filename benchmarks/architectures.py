@@ -28,7 +28,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -107,7 +107,8 @@ def adapted(model: torch.nn.Module, names: list[str], folder: Path) -> torch.nn.
     generator = torch.Generator().manual_seed(1)
     for name, parameter in own.named_parameters():
         if "lora_" in name:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+            wide = max(1.0, parameter[0].numel() / 64) ** 0.5  # kernels of many channels would end in infinity
+            parameter.data = 0.3 / wide * torch.randn(parameter.shape, generator=generator)
     own.save_pretrained(str(folder))
     return own.eval()
 
@@ -127,6 +128,16 @@ def converted(arguments: list[str]) -> tuple[int, str]:
     return code, "".join(told)[:400]
 
 
+@contextlib.contextmanager
+def double_by_default() -> Iterator[None]:
+    """What a forward makes out of nothing is float64, too."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def judged(own: torch.nn.Module, base: Base, out: Path) -> dict[str, float]:
     """How far the ONNX file is from peft's unfused model in float64, the largest answer, and what the adapter does to it."""
     import numpy as np
@@ -138,7 +149,7 @@ def judged(own: torch.nn.Module, base: Base, out: Path) -> dict[str, float]:
     tensors = [torch.from_numpy(x) for x in inputs.values()]
     wide = copy.deepcopy(own).double()
     doubles = tuple(t.double() if t.is_floating_point() else t for t in tensors)
-    with torch.no_grad(), experts(wide, "float64"):
+    with torch.no_grad(), experts(wide, "float64"), double_by_default():
         expected = outputs_of_call(wide, signature, doubles)
         with wide.disable_adapter():  # type: ignore[operator]
             without = outputs_of_call(wide, signature, doubles)

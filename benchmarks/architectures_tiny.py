@@ -76,10 +76,10 @@ def saved(model: torch.nn.Module, folder: Path, scheme: str) -> Made:
 
 
 def moved(model: torch.nn.Module) -> torch.nn.Module:
-    """Biases and norms that start at zero and one would hide a fault."""
+    """Biases and norms that start at zero and one would hide a fault, and so would a head of zeros."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1 and parameter.is_floating_point():
+            if parameter.is_floating_point() and (parameter.ndim == 1 or not parameter.any()):
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
