@@ -298,6 +298,7 @@ def adapted_module(name: str, module: nn.Module, adapters: Sequence[Adapter], dt
     layout = layout_of(name, module)
     whole, groups = affine_of(module, layout, dtype), channel_groups(module) if layout == "conv" else 1
     parts = [(rows, unfused(whole.rows(*rows) if rows else whole, steps)) for rows, steps in stacks(adapters, dtype)]
+    settings = {key: value for key, value in vars(module).items() if not key.startswith("_")}  # no tensor and no module
 
     class Adapted(torch_nn.Module):
         """y = apply(x, base, p) on the adapter's rows, the base's own output on all others."""
@@ -308,6 +309,10 @@ def adapted_module(name: str, module: nn.Module, adapters: Sequence[Adapter], dt
             self.weight = module.weight
             self.bias = getattr(module, "bias", None)
             self.calls = 0  # a module that is never called has its weight read directly, or no part in the outputs
+
+        def __getattr__(self, key: str) -> Any:
+            """A model may ask its layer how it is made: MobileNet pads by the stride of its convolutions."""
+            return settings[key] if key in settings else super().__getattr__(key)
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 UNPACKED = 2  # times the size of the archive: torch stores without packing
 CODE = 1 << 26  # bytes of one file of code
 DEPTH = 200  # of modules in modules
+MODULES = 1_000_000  # of one model, a shared one as often as it has names
 LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
 STORAGES = {
     "FloatStorage": "float32", "DoubleStorage": "float64", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -64,10 +65,7 @@ def load_torch_script(path: Path) -> dict[str, Tensor]:
         root = _Reader(path, archive, top).load()
     if not isinstance(root, _Module):
         raise ValueError(f"its data.pkl holds a {type(root).__name__}, no module")
-    found: dict[str, Tensor] = {}
-    for name, tensor in _tensors(root, members, "", ()):
-        found[name] = tensor
-    return found
+    return dict(_tensors(root, members))
 
 
 def _is_code(name: str, size: int, top: str, path: Path) -> bool:
@@ -105,6 +103,18 @@ class _Module:
         if not isinstance(state, dict) or not all(type(name) is str for name in state):
             raise ValueError(f"{self.kind} holds a {type(state).__name__}, no attributes by name")
         vars(self).update(state)
+
+
+class _Held:
+    """A tensor that the pickle can hand on, and cannot change: BUILD would call its ``__setstate__``."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __setstate__(self, _: Any) -> None:
+        raise ValueError("a state for a tensor")
 
 
 class _Reader(pickle.Unpickler):
@@ -146,32 +156,34 @@ class _Reader(pickle.Unpickler):
             raw, dtype = bytearray(self._archive.read(f"{self._top}/data/{key}")), getattr(torch, kind)
             if len(raw) != count * dtype.itemsize:
                 raise ValueError(f"storage {key} has {len(raw)} bytes, not those of {count} numbers of {kind}")
-            self._storages[key] = torch.frombuffer(raw, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+            self._storages[key] = _Held(torch.frombuffer(raw, dtype=dtype) if count else torch.empty(0, dtype=dtype))
         return self._storages[key]
 
 
-def _rebuilt(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> Tensor:
+def _rebuilt(held: _Held, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> _Held:
     """A view of its storage. Raises ValueError for one that reaches beyond it."""
-    numbers = (offset, *size, *stride)
+    storage, numbers = held.tensor, (offset, *size, *stride)
     if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError(f"a tensor of shape {str(size)[:80]}, strides {str(stride)[:80]}, offset {str(offset)[:20]}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and last >= storage.numel():
         raise ValueError(f"a tensor that reaches entry {last} of a storage of {storage.numel()}")
-    return storage.as_strided(tuple(size), tuple(stride), offset)
+    return _Held(storage.as_strided(tuple(size), tuple(stride), offset))
 
 
-def _tensors(
-    module: Any, members: dict[str, tuple[list[str], list[str]]], prefix: str, above: tuple[int, ...]
-) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers, then those of the modules inside, as ``state_dict()`` orders them."""
-    if id(module) in above or len(above) > DEPTH:
-        raise ValueError(f"{prefix or 'the model'} holds itself, or more than {DEPTH} modules one in the other")
-    attributes = vars(module)
-    for names in members.get(module.kind, ([], [])):
-        for name in names:
-            if hasattr(attributes.get(name), "dtype"):
-                yield f"{prefix}{name}", attributes[name]
-    for name, value in attributes.items():
-        if isinstance(value, _Module):
-            yield from _tensors(value, members, f"{prefix}{name}.", (*above, id(module)))
+def _tensors(root: _Module, members: dict[str, tuple[list[str], list[str]]]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, buffers, then those of the modules inside, as ``state_dict()`` orders them; a shared module under each of its names."""
+    left: list[tuple[_Module, str, tuple[int, ...]]] = [(root, "", ())]
+    walked = 0
+    while left:
+        module, prefix, above = left.pop()
+        walked += 1
+        if id(module) in above or len(above) > DEPTH or walked > MODULES:
+            raise ValueError(f"{prefix[:80] or 'the model'} holds itself, or more modules than a model has")
+        attributes = vars(module)
+        for names in members.get(module.kind, ([], [])):
+            for name in names:
+                if isinstance(attributes.get(name), _Held):
+                    yield f"{prefix}{name}", attributes[name].tensor
+        inner = [(n, value) for n, value in attributes.items() if isinstance(value, _Module)]
+        left += [(value, f"{prefix}{name}.", (*above, id(module))) for name, value in reversed(inner)]

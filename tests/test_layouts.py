@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import own_model
 from safetensors.torch import load_file
 from test_cli import error_of, run
 from torch import nn
@@ -270,3 +271,16 @@ def test_the_table_that_peft_saves_below_an_adapter_is_no_base(kind: str, tmp_pa
     with torch.no_grad():
         expected, found = model(input_ids=ids).logits, plain.double().eval()(ids).logits
     assert float((found - expected).abs().max()) < 2e-6 * float(expected.abs().max())
+
+
+def test_a_model_may_ask_its_layer_how_it_is_made(tmp_path: Path) -> None:
+    spec = own_model(tmp_path, "self.fc = Linear(6, 4); self.fc.gain = 2.0", "self.fc(x) * self.fc.gain")
+    torch.save({"fc.lora_A": torch.randn(2, 6), "fc.lora_B": torch.randn(4, 2)}, tmp_path / "lora.pt")
+    torch.save(nn.ModuleDict({"fc": nn.Linear(6, 4)}).state_dict(), tmp_path / "base.pt")
+    given: dict[str, Any] = {
+        "base_weights": tmp_path / "base.pt",
+        "inputs": ["x=batch,6"],
+        "settings": {"lora_alpha": 3},
+    }
+    checkpoint = rx.read(tmp_path / "lora.pt", spec, **given)
+    assert rx.verify(checkpoint, rx.fuse(checkpoint)).certificate.verdict == "exact"

@@ -133,6 +133,34 @@ def test_a_module_that_holds_itself_ends(tmp_path: Path) -> None:
         load_state(archive(tmp_path / "w.pt", content, CODE))
 
 
+def test_a_tensor_takes_no_state_of_its_own(tmp_path: Path) -> None:
+    """pickle's BUILD would call ``Tensor.__setstate__``, which grows the storage over memory that nobody wrote."""
+    grown = tensor("(I2\nt", "(I1\nt").replace(b"(tRtR", b"(tRtR(I9\n(I4\nt(I1\ntI00\ntb", 1)
+    with pytest.raises(CheckpointError, match="a state for a tensor"):
+        load_state(archive(tmp_path / "w.pt", grown, CODE, _0=NUMBERS))
+
+
+def test_what_only_says_that_it_is_a_tensor_is_none(tmp_path: Path) -> None:
+    content = b"\x80\x02c__torch__\nM\n)\x81}(S'w'\nc__torch__\nM\n)\x81}(S'dtype'\nI1\nubub."
+    assert not load_state(archive(tmp_path / "w.pt", content, CODE))
+
+
+def test_modules_that_are_shared_without_end_end(tmp_path: Path) -> None:
+    """Each holds the one below twice: 2^60 names in a few kilobytes."""
+    content = b"\x80\x02c__torch__\nM\n)\x81q\x00"
+    for level in range(1, 61):
+        content += (
+            b"c__torch__\nM\n)\x81}(S'a'\nh"
+            + bytes([level - 1])
+            + b"S'b'\nh"
+            + bytes([level - 1])
+            + b"ubq"
+            + bytes([level])
+        )
+    with pytest.raises(CheckpointError, match="more modules than a model has"):
+        load_state(archive(tmp_path / "w.pt", content + b".", CODE))
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_a_damaged_archive_is_one_error_or_the_same_numbers(seed: int, tmp_path: Path) -> None:
     content, draw = bytearray(net(tmp_path / "w.pt").read_bytes()), random.Random(seed)

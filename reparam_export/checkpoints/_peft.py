@@ -182,7 +182,8 @@ def parts_of(
     names: of the adapted modules, as patterns are matched against them; None: those of the adapters; empty: not known here.
     """
     found = (*adapters, *trained_tokens(source, claim))
-    replaced = whole_tensors(claim, source)
+    saved = [str(entry) for entry in source.config.get("modules_to_save") or []]
+    replaced = whole_tensors(claim, source, {a.module for a in found}, saved)
     claim.finish()
     names = [a.module for a in adapters] if names is None else names
     check_matched(source.path, source.config, names, list(replaced))
@@ -190,7 +191,6 @@ def parts_of(
     needs_base = check is not None or any(adapter.kind == "tokens" for adapter in found)
     bind = partial(on_base, check) if needs_base else None
     covers = targets(source.config)
-    saved = [str(entry) for entry in source.config.get("modules_to_save") or []]
     return Parts(
         found,
         replaced,
@@ -245,13 +245,15 @@ def base_spec(source: Source) -> str | None:
     return f"hf:{source.near(name)}" + (f"?task={task}" if task else "")
 
 
-def whole_tensors(claim: Claim, source: Source) -> dict[str, Tensor]:
+def whole_tensors(claim: Claim, source: Source, adapted: Collection[str], saved: Collection[str]) -> dict[str, Tensor]:
     """``modules_to_save`` and trained biases, under the base's own names. ``original_module`` is the unused copy."""
     claim.take_all(lambda name: ".original_module." in name)
     ours = tuner_prefix(source)
     found: dict[str, Tensor] = {}
     for name, tensor in claim.take_all(lambda name: name.startswith(PREFIX) and f".{ours}" not in name).items():
         own = WRAPPERS.sub("", name.removeprefix(PREFIX))
+        if own == name.removeprefix(PREFIX) and not part_of(own, saved):
+            _check_plain(source, own, adapted)
         if own in found and not alike(found[own], tensor):
             raise TensorMismatchError(
                 f"{name} and another entry of the checkpoint both give {own}, with different values",
@@ -262,6 +264,25 @@ def whole_tensors(claim: Claim, source: Source) -> dict[str, Tensor]:
             )
         found[own] = tensor
     return found
+
+
+def _check_plain(source: Source, own: str, adapted: Collection[str]) -> None:
+    """Raises TensorMismatchError for a tensor of an adapted module under the base's plain name: peft's loader passes it over.
+
+    What peft saves of such a module stands below ``base_layer`` or ``modules_to_save``; the biases of ``bias="all"`` stood under their
+    plain names in older versions.
+    """
+    module, _, leaf = own.rpartition(".")
+    if module in adapted and not (leaf == "bias" and source.config.get("bias") in ("all", "lora_only")):
+        raise TensorMismatchError(
+            f"{source.path}: {PREFIX}{own} is a tensor of {module}, which has an adapter, under the base's plain name; peft saves such "
+            "tensors below base_layer, and its loader passes this one over, so it is not known whether the adapter was trained on it. "
+            f"If it was, put it into the base; then leave it out here, with --drop '{PREFIX}{own}'",
+            module=module,
+            tensor=leaf,
+            expected=f"{PREFIX}{module}.base_layer.{leaf}",
+            found=f"{PREFIX}{own}",
+        )
 
 
 def tuner_prefix(source: Source) -> str:

@@ -114,3 +114,15 @@ def test_a_model_with_added_tokens_and_a_head_of_its_own_is_exported(tied: bool,
     checkpoint = rx.read(made.path)
     model = rx.verify(checkpoint, rx.fuse(checkpoint), count=2)
     assert rx.export(model, "onnx", tmp_path / "out", batch=(1, 2, 2)).ran
+
+
+def test_a_weight_below_an_adapter_under_its_plain_name_is_refused(tmp_path: Path) -> None:
+    """peft's loader passes it over: its own model is that of the base's weight."""
+    base = saved(language_model(), tmp_path / "base")
+    adapted(language_model(), base, tmp_path / "adapter", target_modules=["q_proj"])
+    file = tmp_path / "adapter" / ADAPTER
+    name = "base_model.model.model.layers.0.self_attn.q_proj.weight"
+    save_file(load_file(file) | {name: torch.randn(32, 32)}, file)
+    with pytest.raises(rx.errors.TensorMismatchError, match="its loader passes this one over"):
+        rx.read(tmp_path / "adapter")
+    assert rx.fuse(rx.read(tmp_path / "adapter", drop=[name])).changed
