@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from reparam_export.calls import first_line
 from reparam_export.errors import CheckpointError
 from reparam_export.names.once import once
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")  # of a Hugging Face folder, or with .index.json and shards
+PARTIAL = ".partial"  # how a temporary file ends
 STEP = 1 << 18  # bytes digested at a time: they stay in the processor's cache
 PICKLES = (".pt", ".pth", ".bin", ".pth.tar", ".ckpt")
 
@@ -31,6 +33,11 @@ def load_safetensors(path: Path, *, numpy: bool) -> tuple[dict[str, Any], dict[s
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, "safetensors", error) from error
+    except AttributeError as error:  # numpy has no such type, and no adapter is trained in one
+        raise CheckpointError(
+            f"{path}: holds numbers of 8 bits or fewer ({first_line(error)}), of which no adapter is made here; save it in float16, "
+            "bfloat16 or float32"
+        ) from error
 
 
 def load_pickle(path: Path) -> Any:
@@ -87,8 +94,6 @@ def save_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[s
 
     ``safetensors`` writes the metadata in a random order; here its header is rewritten in place, in sorted order.
     """
-    import os
-
     from safetensors.torch import save_file
 
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, dict(metadata))
@@ -101,19 +106,48 @@ def save_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[s
             raise ValueError(f"{path}: the safetensors header grew from {size} to {len(text)} bytes")
         file.seek(8)
         file.write(text.ljust(size))
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod(0o666 & ~_mask())
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a temporary file beside ``path``, then rename it; on failure nothing is left of it."""
-    temporary = path.with_name(f".{path.name}.partial")
+def replace_file(
+    path: Path, write: Callable[[Path], object], synced: Callable[[Path], object] = lambda _: None
+) -> None:
+    """Let ``write`` make a temporary file beside ``path``, then rename it; on failure nothing is left of it.
+
+    synced: called with the temporary file before it is renamed. Its name cannot be known before, and it is made anew: a link of that
+    name in a folder that came from elsewhere would be written through.
+    """
+    import os
+    import tempfile
+
+    handle, name = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
+    os.close(handle)
+    temporary = Path(name)
     try:
+        temporary.chmod(0o666 & ~_mask())
         write(temporary)
+        synced(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _mask() -> int:
+    import os
+
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def remove(path: Path) -> None:
+    """A file, a folder with all in it, or a link, of which what it points to stays."""
+    import shutil
+
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def plain_shard_name(name: object, index: Path) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
@@ -25,7 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 from reparam_export.checkpoints import Checkpoint, Recipe, recipe_from_json
 from reparam_export.errors import CheckpointError, EquivalenceError, UsageError
-from reparam_export.files import fingerprint, load_safetensors, read_json, replace_file, save_safetensors, sha256
+from reparam_export.files import (
+    fingerprint,
+    load_safetensors,
+    read_json,
+    remove,
+    replace_file,
+    save_safetensors,
+    sha256,
+)
 from reparam_export.names import Place
 from reparam_export.refuted import check_none
 
@@ -58,7 +65,7 @@ def save_fused(folder: Path, checkpoint: Checkpoint, weights: FusedWeights, dtyp
     folder.mkdir(parents=True, exist_ok=True)
     for path in former(folder):
         if path.name not in (WEIGHTS, FUSED):  # these are replaced, by renaming
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
     metadata = {"format": "pt", "checkpoint_sha256": checkpoint.sha256, "weights_sha256": weights.sha256()}
     replace_file(folder / WEIGHTS, lambda path: save_safetensors(path, weights.tensors, metadata))
     recipe = replace(checkpoint.recipe, dtype=dtype or weights.dtype)

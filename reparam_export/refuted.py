@@ -8,12 +8,12 @@ about the same files. Of a link, the link is renamed; what it points at is not o
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from reparam_export.errors import EquivalenceError, FusionError
+from reparam_export.files import remove
 
 ENDING = ".refuted"
 LOADABLE = ("fused.safetensors", "hf", "model.safetensors", "model.onnx*", "model.engine", "genai")
@@ -24,21 +24,13 @@ def set_aside(folder: Path, names: tuple[str, ...] = LOADABLE) -> list[str]:
     paths = [path for name in names for path in sorted(folder.glob(name)) if not path.name.endswith(ENDING)]
     for path in paths:
         aside = path.with_name(path.name + ENDING)
-        _remove(aside)
+        remove(aside)
         if path.is_dir() and not path.is_symlink():  # its files first: a kill in between leaves nothing that loads
             for file in sorted(path.rglob("*")):
                 if file.is_file() and not file.name.endswith(ENDING):
                     file.rename(file.with_name(file.name + ENDING))
         path.rename(aside)
     return [path.name + ENDING for path in paths]
-
-
-def _remove(path: Path) -> None:
-    """A link itself, and never what it points at."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def aside(folder: Path) -> list[Path]:
@@ -52,7 +44,7 @@ def put_back(folder: Path) -> bool:
     for path in found:
         place = path.with_name(path.name.removesuffix(ENDING))
         if place.exists() or place.is_symlink():
-            _remove(path)
+            remove(path)
             continue
         path.rename(place)
         for file in sorted(place.rglob(f"*{ENDING}")) if place.is_dir() and not place.is_symlink() else ():

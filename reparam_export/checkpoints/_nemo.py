@@ -20,6 +20,7 @@ ENDING = ".nemo"
 WEIGHTS, CONFIG = "model_weights.ckpt", "model_config.yaml"
 LARGEST = 1 << 22  # bytes of a configuration
 UNPACKED = 50  # times the size of the archive: weights do not shrink so far
+MEMBERS = 10_000  # files of one archive
 RANK = re.compile(r"\$\{[\w.]*\badapter_dim\}")  # OmegaConf's way to say: as that entry
 
 
@@ -27,7 +28,7 @@ def open_archive(path: Path) -> tuple[Any, dict[str, Any]]:
     """What the archive's weights file holds, and its configuration. Raises CheckpointError."""
     try:
         with tarfile.open(path) as archive:
-            members = [member for member in archive if member.isfile()]
+            members = _members(path, archive)
             found = [member for member in members if PurePosixPath(member.name).name == WEIGHTS]
             if len(found) != 1:
                 raise _parts(path, found, members)
@@ -37,6 +38,17 @@ def open_archive(path: Path) -> tuple[Any, dict[str, Any]]:
         raise CheckpointError(
             f"{path}: cannot be read as an archive of NeMo, a tar file ({error}); it is damaged, fetch it again"
         ) from error
+
+
+def _members(path: Path, archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """Its files. Raises CheckpointError before more of it is unpacked than weights can be: to pass over a file unpacks it."""
+    found, size = [], 0
+    for member in archive:
+        found += [member] if member.isfile() else []
+        size += member.size
+        if size > UNPACKED * path.stat().st_size + (1 << 20) or len(found) > MEMBERS:
+            raise CheckpointError(f"{path}: unpacks to {size:,} bytes and more, far more than weights do")
+    return found
 
 
 def _parts(path: Path, found: list[tarfile.TarInfo], members: list[tarfile.TarInfo]) -> CheckpointError:

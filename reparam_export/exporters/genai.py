@@ -10,7 +10,6 @@ different tokens, the float64 reference must hold both to be equally good, to wi
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from reparam_export.errors import EquivalenceError, ExportError, MissingBackendError, UsageError
 from reparam_export.exporters._greedy import NEW_TOKENS, PROMPTS, Divergence, divergence, end_tokens, ended, greedy
 from reparam_export.exporters.artifact import Artifact
-from reparam_export.files import sha256
+from reparam_export.files import remove, sha256
 from reparam_export.tokenizer import of_tokenizer
 from reparam_export.verification.certificate import OutputEvidence
 from reparam_export.verification.outputs import Reference, compare
@@ -175,8 +174,7 @@ def export_genai(model: VerifiedModel, folder: Path, precision: str = "fp32") ->
             details = generation(model, runner, source, 2 * max(o.bound for o in evidence))
             details |= of_tokenizer(model.checkpoint)
         target = folder / "genai"
-        if target.exists():
-            shutil.rmtree(target)
+        remove(target)
         made.replace(target)
     return Artifact(
         target="genai",

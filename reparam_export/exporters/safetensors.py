@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from reparam_export.bases._vocabulary import token_layers
 from reparam_export.errors import ExportError, MissingBackendError
 from reparam_export.exporters.artifact import Artifact
-from reparam_export.files import plain_shard_name, read_json, save_safetensors, sha256
+from reparam_export.files import plain_shard_name, read_json, remove, save_safetensors, sha256
 from reparam_export.hf_folder import DTYPE_KEYS, bias_switches, folder_of, held_wide, of_vocabulary, retyped
 from reparam_export.names.conversions import own_of, spread
 from reparam_export.refuted import set_aside
@@ -54,8 +54,7 @@ def export_folder(model: VerifiedModel, folder: Path) -> Artifact:
         reloaded = read_back(made)
         _same(reloaded, tensors, name)
         target = folder / name
-        if target.is_dir():
-            shutil.rmtree(target)
+        remove(target)
         made.replace(target)
     return _artifact(target, model, {**details, "tensors": len(reloaded)}, started)
 

@@ -20,7 +20,7 @@ import numpy as np
 from blake3 import blake3
 
 from reparam_export.errors import UsageError
-from reparam_export.files import fingerprint, read_json
+from reparam_export.files import PARTIAL, fingerprint, read_json, remove, replace_file
 from reparam_export.refuted import ENDING
 from reparam_export.streaming.plan import Plan, Shard
 
@@ -39,8 +39,9 @@ class Staging:
     def take_up(self, *, resume: bool) -> None:
         """What is finished already, when it is to be resumed; nothing on disk is changed.
 
-        Raises UsageError when what is there was made from something else.
+        Raises UsageError when what is there was made from something else, or lies elsewhere.
         """
+        check_own(self.root)
         if resume and (self.root / PROGRESS).is_file():
             content = read_json(self.root / PROGRESS)
             if content.get("plan") != self.plan.digest():
@@ -66,7 +67,12 @@ class Staging:
         """Is a finished shard still what it was, and made from files that still are what they were?"""
         path = self.weights / shard.name
         digests, made_from = entry.get("tensors"), entry.get("made_from")
-        if not path.is_file() or path.stat().st_size != shard.size or not isinstance(digests, dict):
+        if (
+            path.is_symlink()
+            or not path.is_file()
+            or path.stat().st_size != shard.size
+            or not isinstance(digests, dict)
+        ):
             return False
         if made_from != {str(file): fingerprint(file) for file in shard.files}:
             return False
@@ -113,9 +119,10 @@ def settle(out: Path) -> None:
     root = out / STAGING
     if not (root / RECORD).is_file():
         return
+    check_own(root)
     if (root / WEIGHTS).is_dir():
         for stale in former(out):
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            remove(stale)
         (root / WEIGHTS).rename(out / WEIGHTS)
         sync(out)
     (root / RECORD).replace(out / RECORD)
@@ -123,11 +130,21 @@ def settle(out: Path) -> None:
     shutil.rmtree(root)
 
 
+def check_own(root: Path) -> None:
+    """Raises UsageError for a place of work that is a link: what it points to is not ours to write to or to clear."""
+    for place in (root, root / WEIGHTS):
+        if place.is_symlink():
+            raise UsageError(
+                f"{place}: is a link to {place.readlink()}; nothing is written or removed there; take the link away"
+            )
+
+
 def former(out: Path) -> list[Path]:
     """What earlier stages left, newest meaning first: the record goes before the weights that it speaks of."""
     names = (
         RECORD, "verification.json", "reference.npz", "artifact.json", "analysis.json", "latency.json", "report.html", "report.md",
         "junit.xml", "model.onnx*", "model.engine", "engine.log", "model.safetensors", "genai", "fused.safetensors", WEIGHTS, f"*{ENDING}",
+        f".*{PARTIAL}",
     )  # fmt: skip
     return [path for name in names for path in sorted(out.glob(name))]
 
@@ -153,8 +170,5 @@ def write_synced(path: Path, content: Mapping[str, Any]) -> None:
 
 def replaced(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a temporary file beside ``path``, and rename it once it is on disk."""
-    temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    sync(temporary)
-    temporary.replace(path)
+    replace_file(path, write, sync)
     sync(path.parent)
