@@ -355,7 +355,7 @@ def _refuse(
 def _mismatch(base: Base, tensor: str, expected: object, found: object) -> TensorMismatchError:
     return TensorMismatchError(
         f"base {base.spec!r}: {tensor}: the model expects {expected or 'no such tensor'}; the weights hold "
-        f"{found or 'no such tensor'}; check that config.json and its architecture belong to these weights",
+        f"{found or 'no such tensor'}; {_advice(base, tensor, expected)}",
         module=tensor.rpartition(".")[0],
         tensor=tensor,
         expected=expected,
@@ -370,3 +370,11 @@ def _signature(model: Any, base: Base, experts: str | None) -> Signature:
     if base.inputs:
         return with_observed_outputs(model, Signature(base.inputs, (), settings), base.spec)
     return well_known(model, settings, base.spec)
+
+
+def _advice(base: Base, tensor: str, expected: object) -> str:
+    if expected is None and base.weights is None and base.state is not None:
+        return (
+            f"it stands in the checkpoint beside the model's own: a loss or the like is left out with --drop '{tensor}'"
+        )
+    return "check that config.json and its architecture belong to these weights"

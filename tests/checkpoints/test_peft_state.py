@@ -208,3 +208,26 @@ def test_a_setting_that_is_no_answer_is_refused(tmp_path: Path) -> None:
     found = rx.read(tmp_path / "whole.pt", SPEC, config=tmp_path / "adapter.json", settings={"lora_alpha": 8})
     assert found.settings["lora_alpha"] == 8
     assert found.adapters[0].params.scale == 8 / 4
+
+
+def test_a_loss_beside_the_model_is_left_out_by_name_and_peft_still_bears_witness(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+    }
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    base.save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, lora(target_modules=["q_proj"]))
+    state = {f"model.{n}": t for n, t in model.state_dict().items()} | {"criterion.weight": torch.ones(5)}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "last.ckpt")
+    given: dict[str, Any] = {"base": f"hf:{tmp_path / 'base'}", "settings": {"lora_alpha": 12}}
+    with pytest.raises(TensorMismatchError, match=r"--drop '.*criterion\.weight'"):
+        rx.fuse(rx.read(tmp_path / "last.ckpt", **given))
+    found = rx.read(tmp_path / "last.ckpt", drop=["criterion.weight"], **given)
+    (heard,) = rx.verify(found, rx.fuse(found), count=2, witness="required").certificate.witness
+    assert heard.who == "peft"

@@ -10,6 +10,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,12 @@ def state_loaded(peft: Any, checkpoint: Checkpoint, base: nn.Module, *, skeleton
     skeleton: the base's own numbers are not there, and those of the file are not put in.
     """
     source = _opened(checkpoint)
+    source = replace(source, tensors={n: t for n, t in source.tensors.items() if n not in checkpoint.dropped})
     tensors = {_in_folder(name): tensor for name, tensor in _of_one_adapter(source, checkpoint).items()}
     named = {name_in_base(name, checkpoint.spelled): tensor for name, tensor in tensors.items()}
     config = dict(source.config) if "peft_type" in source.config else _lora(checkpoint, tensors)
     model = peft.get_peft_model(base, _config(peft, config_of_base(config, checkpoint), base))
-    _fill(peft, model, {n: t for n, t in named.items() if n not in checkpoint.dropped}, skeleton=skeleton)
+    _fill(peft, model, named, skeleton=skeleton)
     model.eval().requires_grad_(False)
     inner: nn.Module = model.base_model.model
     return inner, named.keys() != tensors.keys()
