@@ -42,6 +42,7 @@ def headline(evidence: Evidence) -> str:
     parts = [
         _layers_sentence(certificate, evidence.fused.get("replaced")),
         _output_sentence(certificate),
+        _idle_sentence(certificate),
         graph_sentence(certificate.graph),
         _dropped_sentence(certificate),
         _rebuilt_sentence(certificate),
@@ -50,6 +51,15 @@ def headline(evidence: Evidence) -> str:
     ]
     start = "Proven" if certificate.outputs_prove else "Proven by its weights alone"
     return f"{start}: {'; '.join(part for part in parts if part)}"
+
+
+def _idle_sentence(certificate: Certificate) -> str:
+    """Said on top when the outputs say nothing of some layers: a vision tower, where the inputs are text alone."""
+    idle = certificate.unexercised
+    if not idle or not certificate.outputs_prove:
+        return ""
+    which = f"{plural(len(idle), 'adapted layer')}, first {idle[0]}"
+    return f"no output depends on {which}: proven by their weights alone, unless --input reaches them"
 
 
 def _rebuilt_sentence(certificate: Certificate) -> str:

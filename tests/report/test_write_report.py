@@ -57,6 +57,12 @@ def test_added_biases_are_in_the_headline(tmp_path: Path) -> None:
     assert "identical to the base but for 1 addition, 0 added nodes, 3.1 kB added" in headline
 
 
+def test_layers_that_no_output_depends_on_are_in_the_headline(tmp_path: Path) -> None:
+    headline = write_report(write(tmp_path, proof=certificate(unexercised=("vision.0.fc", "vision.1.fc")))).headline
+    assert headline.startswith("Proven: ")
+    assert "no output depends on 2 adapted layers, first vision.0.fc: proven by their weights alone" in headline
+
+
 def test_wrong_layer_is_named_first_with_its_worst_entry(tmp_path: Path) -> None:
     bad = layer(
         "blocks.3.fc2",
