@@ -98,4 +98,5 @@ def test_the_measure_is_there_again_when_the_proof_is_picked_up(tmp_path: Path) 
 
     model = proven(tmp_path, LAYERS, "self.b(self.a(x))")
     save_evidence(tmp_path / "out", model)
-    assert load_proof(tmp_path / "out").reference.moved == model.reference.moved
+    again = load_proof(tmp_path / "out", base=f"py:{tmp_path / 'net.py'}:build")
+    assert again.reference.moved == model.reference.moved
