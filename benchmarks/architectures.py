@@ -188,7 +188,9 @@ def row(make: Callable[[Path], tuple[torch.nn.Module, list[str]]], part: str) ->
         if code == 0:
             try:
                 found |= judged(own, Base(base[1], Path(base[3]) if len(base) > 2 else None), folder / "out")
-            except AttributeError as error:  # MobileNet asks its convolutions for their stride, and peft's layers have none
+            except (
+                AttributeError
+            ) as error:  # MobileNet asks its convolutions for their stride, and peft's layers have none
                 return {"result": "peft refuses", "said": f"its own model cannot be run: {error}"}
             right = found["error"] <= ALLOWED and found["effect"] > 10 * found["error"]
             unseen = found["error"] <= REACHED and found["effect"] <= REACHED

@@ -14,6 +14,7 @@ moves by no more than the bound decides nothing either, since the plain base wou
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -151,10 +152,13 @@ def measure_floors(reference: Mapping[str, Tensor], unfused: Sequence[Tensor]) -
 
 
 def jolt(model: nn.Module, seed: int) -> nn.Module:
-    """Move one in twelve of the numbers, in place, to a neighbour in its dtype: in the mean square as far as one rounding moves it."""
+    """A copy with one in twelve of the numbers moved to a neighbour in its dtype: in the mean square as far as one rounding moves it."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
+    model, generator = (
+        copy.deepcopy(model),
+        torch.Generator().manual_seed(seed),
+    )  # its tensors are the checkpoint's and the base's
     with torch.no_grad():
         for tensor in model.parameters():
             if tensor.is_floating_point():
