@@ -17,7 +17,7 @@ from .models import draw
 INPUTS = {
     "sample": draw(3, 4, 8, 8),
     "timestep": torch.tensor([10, 500, 999]),
-    "encoder_hidden_states": draw(3, 5, 16),
+    "encoder_hidden_states": draw(3, 16, 16),  # as many tokens as is known of such models
 }
 
 
