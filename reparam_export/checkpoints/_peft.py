@@ -245,7 +245,7 @@ def base_spec(source: Source) -> str | None:
     return f"hf:{source.near(name)}" + (f"?task={task}" if task else "")
 
 
-def whole_tensors(claim: Claim, source: Source, adapted: Collection[str], saved: Collection[str]) -> dict[str, Tensor]:
+def whole_tensors(claim: Claim, source: Source, adapted: Collection[str], saved: Sequence[str]) -> dict[str, Tensor]:
     """``modules_to_save`` and trained biases, under the base's own names. ``original_module`` is the unused copy."""
     claim.take_all(lambda name: ".original_module." in name)
     ours = tuner_prefix(source)
