@@ -129,9 +129,10 @@ def of_flux(folder: Path) -> Made:
 
     flux().save_pretrained(folder / "base")
     model = adapted(flux(), folder / "base", folder / "adapter", target_modules=["to_q", "to_out.0", "proj_mlp"])
+    grid = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in (1, 4, 4)))
     inputs = {
-        "hidden_states": draw(2, 16, 8), "encoder_hidden_states": draw(2, 6, 32), "pooled_projections": draw(2, 16),
-        "timestep": draw(2).abs(), "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(6, 3),
+        "hidden_states": draw(2, 16, 8), "encoder_hidden_states": draw(2, 16, 32), "pooled_projections": draw(2, 16),
+        "timestep": draw(2).abs(), "img_ids": grid, "txt_ids": torch.zeros(16, 3),
     }  # fmt: skip
     options = {"base": f"diffusers:{folder / 'base'}"}
     return Made(folder / "adapter", inputs, answered(model, inputs), options)
