@@ -176,7 +176,7 @@ def test_the_command_line_says_it_in_every_place(tmp_path: Path) -> None:
         assert "second witness: peft " in (out / file).read_text().replace("&#58;", ":")
     assert json.loads((out / "verification.json").read_text())["witness"][0]["who"] == "peft"
     runner = CliRunner()
-    runner.invoke(cli, ["verify", str(out), "--witness", "none"], catch_exceptions=False)
+    runner.invoke(cli, ["verify", str(out), *given[1:3], "--witness", "none"], catch_exceptions=False)
     assert write_report(out).headline.endswith("; no second witness")
     for file in ("report.html", "report.md"):
         assert "no second witness" in (out / file).read_text()
@@ -195,7 +195,7 @@ def test_a_difference_stands_in_the_report(tmp_path: Path) -> None:
     assert report.verdict == "wrong"
     assert report.headline == f"Failed: second witness peft: {said}"
     with pytest.raises(EquivalenceError):
-        load_proof(tmp_path / "out")
+        load_proof(tmp_path / "out", base=checkpoint.base)
 
 
 def test_the_base_of_the_witness_is_built_without_the_checkpoint(tmp_path: Path) -> None:
