@@ -18,6 +18,7 @@ from reparam_export.names.once import once
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")  # of a Hugging Face folder, or with .index.json and shards
 PARTIAL = ".partial"  # how a temporary file ends
+UNPACKED = 50  # times the size of a packed file: weights do not shrink so far
 STEP = 1 << 18  # bytes digested at a time: they stay in the processor's cache
 PICKLES = (".pt", ".pth", ".bin", ".pth.tar", ".ckpt")
 
@@ -148,6 +149,11 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def unpacks_too_far(path: Path, size: int, times: int = UNPACKED) -> bool:
+    """Is this number of bytes far more than a packed file of weights unpacks to?"""
+    return size > times * path.stat().st_size + (1 << 20)
 
 
 def plain_shard_name(name: object, index: Path) -> None:

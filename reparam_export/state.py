@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.errors import CheckpointError, MissingSettingError, TensorMismatchError, UsageError
-from reparam_export.files import load_pickle, load_safetensors, plain_tensors, state_dicts
+from reparam_export.files import load_pickle, load_safetensors, plain_tensors, state_dicts, unpacks_too_far
 from reparam_export.names.constants import CONSTANTS as CONSTANTS
 from reparam_export.names.constants import is_constant as is_constant
 from reparam_export.names.once import once
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".tar", ".ckpt")
-UNPACKED = 50  # times the size of an .npz file: weights do not shrink so far
 
 
 def load_state(path: Path | str, entry: str | None = None) -> dict[str, Tensor]:
@@ -100,7 +99,7 @@ def _check_unpacked(path: Path) -> None:
     """Raises ValueError for an archive that unpacks to far more than weights do."""
     with zipfile.ZipFile(path) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
-    if size > UNPACKED * path.stat().st_size + (1 << 20):
+    if unpacks_too_far(path, size):
         raise ValueError(f"it unpacks to {size:,} bytes")
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reparam_export.errors import CheckpointError
+from reparam_export.files import unpacks_too_far
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +59,7 @@ def load_torch_script(path: Path) -> dict[str, Tensor]:
     """The parameters and buffers of the archive by their dotted names. Raises CheckpointError, and what DAMAGED lists."""
     with zipfile.ZipFile(path) as archive:
         entries = {e.filename: e.file_size for e in archive.infolist()}
-        if sum(entries.values()) > UNPACKED * path.stat().st_size + (1 << 20):
+        if unpacks_too_far(path, sum(entries.values()), UNPACKED):
             raise ValueError(f"it unpacks to {sum(entries.values()):,} bytes")
         top = next(iter(entries)).partition("/")[0]
         members = _members({n: archive.read(n) for n in entries if _is_code(n, entries[n], top, path)}, top, path)

@@ -169,9 +169,7 @@ def _denoised(main: str, config: Any) -> tuple[Input, dict[str, Any]]:
         grid = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in (1, 4, 4)))
         return Input(main, ("batch", 16, channels)), {"img_ids": grid, "txt_ids": torch.zeros(PROMPT, 3)}
     shape: tuple[int, ...] = (channels, *map(int, sides))
-    if {"sample_frames", "temporal_compression_ratio", "max_text_seq_length"} <= set(
-        config
-    ):  # CogVideoX: frames first,
+    if set(config) >= {"sample_frames", "temporal_compression_ratio", "max_text_seq_length"}:  # CogVideoX: frames first
         ratio, wide = config["temporal_compression_ratio"], (config["sample_height"], config["sample_width"])
         frames = (config["sample_frames"] - 1) // ratio + 1  # as many as it has positions for
         return Input(main, ("batch", frames, channels, *wide)), {}

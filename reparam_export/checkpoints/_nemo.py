@@ -14,12 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from reparam_export.errors import CheckpointError
-from reparam_export.files import load_pickle
+from reparam_export.files import load_pickle, unpacks_too_far
 
 ENDING = ".nemo"
 WEIGHTS, CONFIG = "model_weights.ckpt", "model_config.yaml"
 LARGEST = 1 << 22  # bytes of a configuration
-UNPACKED = 50  # times the size of the archive: weights do not shrink so far
 MEMBERS = 10_000  # files of one archive
 RANK = re.compile(r"\$\{[\w.]*\badapter_dim\}")  # OmegaConf's way to say: as that entry
 
@@ -33,7 +32,7 @@ def open_archive(path: Path) -> tuple[Any, dict[str, Any]]:
             if len(found) != 1:
                 raise _parts(path, found, members)
             config = next((m for m in members if PurePosixPath(m.name).name == CONFIG), None)
-            return _weights(path, archive, found[0]), {} if config is None else _config(path, archive, config)
+            return _weights(archive, found[0]), {} if config is None else _config(path, archive, config)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise CheckpointError(
             f"{path}: cannot be read as an archive of NeMo, a tar file ({error}); it is damaged, fetch it again"
@@ -46,7 +45,7 @@ def _members(path: Path, archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
     for member in archive:
         found += [member] if member.isfile() else []
         size += member.size
-        if size > UNPACKED * path.stat().st_size + (1 << 20) or len(found) > MEMBERS:
+        if unpacks_too_far(path, size) or len(found) > MEMBERS:
             raise CheckpointError(f"{path}: unpacks to {size:,} bytes and more, far more than weights do")
     return found
 
@@ -59,9 +58,7 @@ def _parts(path: Path, found: list[tarfile.TarInfo], members: list[tarfile.TarIn
     )
 
 
-def _weights(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
-    if member.size > UNPACKED * path.stat().st_size + (1 << 20):
-        raise CheckpointError(f"{path}: {member.name} unpacks to {member.size:,} bytes, far more than weights do")
+def _weights(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
     with tempfile.TemporaryDirectory(prefix="reparam-nemo-") as folder:
         file = Path(folder) / WEIGHTS
         content = archive.extractfile(member)

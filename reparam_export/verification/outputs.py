@@ -155,10 +155,8 @@ def jolt(model: nn.Module, seed: int) -> nn.Module:
     """A copy with one in twelve of the numbers moved to a neighbour in its dtype: in the mean square as far as one rounding moves it."""
     import torch
 
-    model, generator = (
-        copy.deepcopy(model),
-        torch.Generator().manual_seed(seed),
-    )  # its tensors are the checkpoint's and the base's
+    model = copy.deepcopy(model)  # its tensors are the checkpoint's and the base's
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in model.parameters():
             if tensor.is_floating_point():
